@@ -1,0 +1,101 @@
+"""What the training loop knows of an algorithm: batches and a loss, nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.losses.base import LossOutput
+
+
+class Batch(Protocol):
+    """One forward and backward pass; `weight` is its share of an update (the weights of an update sum to 1)."""
+
+    @property
+    def weight(self) -> float: ...
+
+
+class Algorithm(Protocol):
+    """Turns data into updates. Everything it draws is a function of (seed, iteration, rank)."""
+
+    def updates(self, iteration: int) -> Iterator[Sequence[Any]]:
+        """The updates of one iteration; each is the batches whose gradients one optimizer step sums."""
+
+    def loss(self, batch: Any) -> LossOutput:
+        """The loss of one batch, before its weight."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the iteration just sampled (rewards, say), beside the losses' own."""
+
+    def validate(self, iteration: int) -> dict[str, float]:
+        """Held-out measurements that are due after this many iterations, or nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-safe state that the next iteration depends on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Meter:
+    """Seconds by phase and counts of what was consumed: the cost of a run.
+
+    Args:
+        device: CUDA work is waited for at the end of a phase, so that its time is its own.
+        on_phase: told the name of each phase that begins (for progress displays).
+    """
+
+    def __init__(self, device: torch.device | None = None, on_phase: Callable[[str], None] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self._device, self._on_phase = device, on_phase
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds[name]`."""
+        if self._on_phase is not None:
+            self._on_phase(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._device is not None and self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def count(self, name: str, number: int) -> None:
+        """Add to `counts[name]`."""
+        self.counts[name] = self.counts.get(name, 0) + number
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": dict(self.seconds), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self.counts = dict(state["seconds"]), dict(state["counts"])
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an algorithm is told about the run.
+
+    Args:
+        seed: the run's seed.
+        rank, world: this process and how many there are.
+        gather: concatenates a tensor over all processes, in rank order.
+        meter: where it reports its phases.
+    """
+
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[Tensor], Tensor] = _alone
+    meter: Meter = field(default_factory=Meter)

@@ -1,0 +1,225 @@
+"""Online RL on denoising trajectories: DDPO, by PPO's clipped ratio or by REINFORCE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.advantages import PromptStatistics, batch_advantages, group_advantages
+from diffalign.algorithms.base import Context
+from diffalign.config import DDPOConfig, SamplerConfig
+from diffalign.data.prompts import PromptSource
+from diffalign.errors import ConfigError, NumericsError
+from diffalign.losses.base import LossOutput
+from diffalign.losses.policy_gradient import ppo_clip, reinforce
+from diffalign.models.base import Conditioning, Denoiser
+from diffalign.rewards import RewardMixture
+from diffalign.seeding import derive_seed, generator
+from diffalign.trajectory import Trajectory, rollout
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """K (sample, step) pairs of the iteration's trajectories: indices [K], advantages [K]."""
+
+    samples: Tensor
+    steps: Tensor
+    advantages: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one iteration sampled on this process: B trajectories, their prompts and advantages [B]."""
+
+    trajectory: Trajectory
+    prompts: list[str]
+    conditioning: Conditioning
+    advantages: Tensor
+
+
+class OnlineRL:
+    """Sample pictures, score them, raise the probability of the steps that led to the better ones."""
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        sampler: SamplerConfig,
+        denoiser: Denoiser,
+        prompts: PromptSource,
+        reward: RewardMixture,
+        context: Context,
+    ) -> None:
+        self.config, self.denoiser, self.prompts, self.reward, self.context = (
+            config, denoiser, prompts, reward, context,
+        )  # fmt: skip
+        self.sampler = denoiser.make_sampler(sampler)
+        self.trainable_steps = torch.tensor(self.sampler.stochastic_steps())
+        self.statistics = PromptStatistics(config.prompt_buffer, config.prompt_min_count)
+        self.experience: Experience | None = None
+        self._metrics: dict[str, float] = {}
+        self._ratio_checked = False
+        if config.prompts_per_iteration % context.world:
+            raise ConfigError(
+                f"algorithm.prompts_per_iteration: {config.prompts_per_iteration} prompts cannot be shared "
+                f"evenly by {context.world} processes"
+            )
+
+    # Sampling
+
+    def updates(self, iteration: int) -> Iterator[list[StepBatch]]:
+        self.experience = self._sample(iteration)
+        if not self._ratio_checked:
+            with self.context.meter.phase("ratio check"):
+                self._check_ratio(self.experience)
+            self._ratio_checked = True
+        for epoch in range(self.config.inner_epochs):
+            yield from self._minibatches(self.experience, iteration, epoch)
+
+    def _sample(self, iteration: int) -> Experience:
+        config, context = self.config, self.context
+        drawn = self.prompts.draw(iteration, config.prompts_per_iteration)
+        group, rows = config.group_size, range(context.rank, len(drawn), context.world)
+        prompts = [drawn[row] for row in rows for _ in range(group)]
+        seeds = [
+            derive_seed(context.seed, "rollout", iteration, row * group + i) for row in rows for i in range(group)
+        ]
+        parts, totals, components = [], [], []
+        for start in range(0, len(prompts), config.sample_batch_size):
+            chunk = slice(start, start + config.sample_batch_size)
+            with context.meter.phase("sampling"), torch.no_grad():
+                conditioning = self.denoiser.encode_prompts(prompts[chunk])
+                steps = rollout(
+                    self.denoiser,
+                    conditioning,
+                    self.sampler,
+                    seeds[chunk],
+                    storage_dtype=getattr(torch, config.storage_dtype),
+                )
+                parts.append(Trajectory.collect(self.sampler, steps))
+                pictures = self.denoiser.decode(parts[-1].final)
+            with context.meter.phase("reward"):
+                scores = self.reward(pictures, prompts[chunk])
+            totals.append(scores.total)
+            components.append(scores.components)
+        context.meter.count("sampled_pictures", len(prompts))
+        context.meter.count("reward_queries", len(prompts) * len(self.reward.labels))
+        rewards = torch.cat(totals).to(self.denoiser.device)
+        merged = {label: torch.cat([part[label] for part in components]) for label in components[0]}
+        advantages = self._advantages(rewards, drawn)
+        self._metrics = self._reward_metrics(rewards, merged)
+        with torch.no_grad():
+            conditioning = self.denoiser.encode_prompts(prompts)
+        return Experience(Trajectory.concatenate(parts), prompts, conditioning, advantages)
+
+    def _advantages(self, rewards: Tensor, drawn: list[str]) -> Tensor:
+        """Advantages [B] of this process, from the rewards of all."""
+        config, context = self.config, self.context
+        everyone = context.gather(rewards)
+        if config.advantage == "group":
+            advantages = group_advantages(everyone, config.group_size)
+        elif config.advantage == "batch":
+            advantages = batch_advantages(everyone)
+        else:
+            order = [drawn[row] for rank in range(context.world) for row in range(rank, len(drawn), context.world)]
+            prompts = [prompt for prompt in order for _ in range(config.group_size)]
+            advantages = self.statistics.update(prompts, everyone)
+        clipped = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        return clipped[context.rank * len(rewards) :][: len(rewards)]
+
+    def _reward_metrics(self, rewards: Tensor, components: dict[str, Tensor]) -> dict[str, float]:
+        everyone = self.context.gather(rewards)
+        groups = everyone.view(-1, self.config.group_size)
+        metrics = {
+            "reward/mean": float(everyone.mean()),
+            "reward/std": float(everyone.std(correction=0)),
+            "reward/group_std": float(groups.std(dim=1, correction=0).mean()),
+        }
+        for label, values in components.items():
+            metrics[f"reward/{label}"] = float(self.context.gather(values.to(rewards.device)).mean())
+        return metrics
+
+    # Learning
+
+    def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> Iterator[list[StepBatch]]:
+        """`updates_per_epoch` equal shares of the samples, each with its own random timesteps."""
+        config, count = self.config, len(experience.trajectory)
+        draw = generator(self.context.seed, "minibatches", iteration, epoch, self.context.rank)
+        kept = max(1, round(config.timestep_fraction * len(self.trainable_steps)))
+        chosen = torch.rand(count, len(self.trainable_steps), generator=draw).argsort(dim=1)[:, :kept]
+        steps = self.trainable_steps[chosen.sort(dim=1).values]
+        for share in torch.randperm(count, generator=draw).chunk(config.updates_per_epoch):
+            pair_samples = share.repeat_interleave(kept)
+            pair_steps = steps[share].flatten()
+            mixed = torch.randperm(len(pair_samples), generator=draw)
+            yield [
+                StepBatch(
+                    pair_samples[rows],
+                    pair_steps[rows],
+                    experience.advantages[pair_samples[rows].to(experience.advantages.device)],
+                    len(rows) / len(mixed),
+                )
+                for rows in mixed.split(config.train_batch_size)
+            ]
+
+    def _replay(self, experience: Experience, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Present and old log-probabilities [K]."""
+        if self.denoiser.trains_text_encoder:
+            conditioning = self.denoiser.encode_prompts([experience.prompts[i] for i in samples.tolist()])
+        else:
+            conditioning = experience.conditioning[samples.to(self.denoiser.device)]
+        log_probs = experience.trajectory.log_probs
+        old = log_probs[steps.to(log_probs.device), samples.to(log_probs.device)]
+        return experience.trajectory.replay(self.denoiser, conditioning, samples, steps), old
+
+    def loss(self, batch: StepBatch) -> LossOutput:
+        assert self.experience is not None
+        log_prob, old_log_prob = self._replay(self.experience, batch.samples, batch.steps)
+        if self.config.objective == "reinforce":
+            return reinforce(log_prob, batch.advantages)
+        return ppo_clip(log_prob, old_log_prob, batch.advantages, clip_range=self.config.clip_range)
+
+    def _check_ratio(self, experience: Experience) -> None:
+        """Before any update the importance ratio must be 1 at every timestep, in the batches training uses."""
+        count = min(len(experience.trajectory), self.config.train_batch_size)
+        samples = torch.arange(count).repeat(len(self.trainable_steps))
+        steps = self.trainable_steps.repeat_interleave(count)
+        worst, worst_step = 0.0, int(self.trainable_steps[0])
+        for rows in torch.arange(len(samples)).split(self.config.train_batch_size):
+            log_prob, old = self._replay(experience, samples[rows], steps[rows])
+            deviation = ((log_prob.detach() - old).exp() - 1).abs().nan_to_num(nan=torch.inf)
+            if float(deviation.max()) > worst:
+                worst, worst_step = float(deviation.max()), int(steps[rows][int(deviation.argmax())])
+        self._metrics["ratio_error"] = worst
+        if worst <= self.config.clip_range / 10:
+            return
+        timestep = int(self.sampler.timesteps[worst_step])
+        error = NumericsError(
+            f"before any update, the importance ratio is off by {worst:.2g} at timestep {timestep}",
+            where=f"step {worst_step} of {len(self.sampler)}, allowed: a tenth of clip_range = "
+            f"{self.config.clip_range / 10:.2g}",
+            why="replaying the stored steps does not give the log-probabilities that sampling gave",
+            hint="use mixed_precision no or bf16 with storage_dtype float32, turn compile off, or set equal "
+            "algorithm.sample_batch_size and train_batch_size; algorithm.ratio_check warn goes on regardless",
+        )
+        if self.config.ratio_check == "error":
+            raise error
+        print(error.render().replace("error:", "warning:", 1))
+
+    # The loop's other questions
+
+    def metrics(self) -> dict[str, float]:
+        return dict(self._metrics)
+
+    def validate(self, iteration: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompt_statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.statistics.load_state_dict(state["prompt_statistics"])

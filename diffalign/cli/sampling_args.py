@@ -1,0 +1,103 @@
+"""Options that every command which samples pictures shares, and where their defaults come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from diffalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffalign.config import AnyRun, SamplerConfig
+
+BUNDLED_WORLD = {"bundled:tiny-sd": "tiny/ddpo"}
+"""Bundled checkpoint -> the shipped run that says how it is meant to be sampled."""
+
+
+def optional(metavar: str) -> Any:
+    """How an option whose docstring states its default is shown in --help."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+@dataclass(frozen=True)
+class SamplingArgs:
+    seeds_per_prompt: int = 1
+    """Pictures per prompt."""
+    seed: int = 0
+    """Seed of the first picture; the others count up from it."""
+    steps: Annotated[int | None, optional("INT")] = None
+    """Denoising steps per picture. Default: as a run in the command was evaluated, else 50."""
+    eta: Annotated[float | None, optional("FLOAT")] = None
+    """DDIM noise scale: 0 is deterministic, 1 as noisy as DDPM. Default: as the run's, else 0."""
+    guidance_scale: Annotated[float | None, optional("FLOAT")] = None
+    """Classifier-free guidance weight; 1 turns guidance off. Default: as the run's, else 7.5."""
+    resolution: Annotated[int | None, optional("INT")] = None
+    """Picture side in pixels. Default: what the checkpoint was trained for."""
+    batch_size: int = 8
+    """Pictures per denoiser call: more memory, more speed, the same pictures."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Compute type of the denoiser."""
+    limit: Annotated[int | None, optional("INT")] = None
+    """The first n prompts only."""
+
+    def sampler(self, run: AnyRun | None) -> SamplerConfig:
+        """What the options say, over how `run` was evaluated.
+
+        Raises:
+            ConfigError: values out of range, all of them at once.
+        """
+        from pydantic import ValidationError
+
+        from diffalign.config import EvaluationConfig, SamplerConfig
+
+        least = {"seeds_per_prompt": 1, "seed": 0, "resolution": 1, "batch_size": 1, "limit": 1}
+        numbers = {name: getattr(self, name) for name in least}
+        problems = [
+            f"{_option(name)} must be at least {least[name]}; got {number}"
+            for name, number in numbers.items()
+            if number is not None and number < least[name]
+        ]
+        evaluation = EvaluationConfig() if run is None else run.evaluation
+        given = {"steps": self.steps, "eta": self.eta, "guidance_scale": self.guidance_scale}
+        options = evaluation.sampler.model_dump() | {k: v for k, v in given.items() if v is not None}
+        try:
+            sampler = SamplerConfig(**options)
+        except ValidationError as error:
+            problems += [_problem(detail["loc"], detail["msg"], detail["input"]) for detail in error.errors()]
+        if problems:
+            raise ConfigError("sampling options are wrong", problems=problems)
+        return sampler
+
+
+def run_behind(checkpoints: Sequence[str]) -> AnyRun | None:
+    """The configuration of the first run among the checkpoints, else of the bundled world, else None.
+
+    Raises:
+        ConfigError: a run folder's config.yaml is damaged.
+        DataError: a bundled: path that there is not.
+    """
+    from diffalign.assets import list_configs, resolve
+    from diffalign.config_file import load_config
+
+    for checkpoint in checkpoints:
+        folder = resolve(checkpoint)
+        folder = folder.parent if folder.name == "final" else folder
+        if (folder / "config.yaml").is_file() and (folder / "final").is_dir():
+            return load_config(folder / "config.yaml")
+    shipped = [BUNDLED_WORLD[path] for path in checkpoints if BUNDLED_WORLD.get(path) in list_configs()]
+    return load_config(shipped[0]) if shipped else None
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _problem(location: tuple[int | str, ...], message: str, value: object) -> str:
+    """One pydantic error as a line about the command's option; a conflict of options has no location."""
+    text = message.removeprefix("Value error, ").removeprefix("Input ")
+    return f"{_option(str(location[-1]))} {text}; got {value}" if location else text

@@ -1,0 +1,64 @@
+"""Align a checkpoint as a run file says: SFT, Diffusion-DPO or DDPO.
+
+Any option of the run file can be changed on the command line, by its dotted name.
+
+examples:
+  diffalign train tiny/ddpo
+  diffalign train my.yaml --output-dir runs/mine --training.iterations 200 --model.lora null
+  diffalign train my.yaml --rewards.0.weight 0.5 --sampler.eta=1
+  diffalign train my.yaml --output-dir runs/mine --resume
+
+The folder gets config.yaml (every option), metrics.jsonl, samples/, checkpoints/, final/ and summary.json.
+diffalign config list shows the shipped run files, diffalign config show ddpo every option of a method.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from diffalign.config_file import load_config
+from diffalign.errors import ConfigError
+
+TAKES_OVERRIDES = True
+
+
+@dataclass(frozen=True)
+class Args:
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A run file, or the name of a shipped one such as tiny/ddpo."""
+    output_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where results go. Default: runs/CONFIG-TIME."""
+    resume: bool = False
+    """Continue from the newest checkpoint in the output folder."""
+
+
+def run(args: Args, overrides: Sequence[str]) -> None:
+    """Trains as the file and the overrides say.
+
+    Raises:
+        ConfigError: anything wrong with them, or --resume without the folder to resume from.
+    """
+    config = load_config(args.config, overrides)
+    if args.resume and args.output_dir is None:
+        raise ConfigError(
+            "--resume needs --output-dir",
+            why="the default output folder is a new one for each run",
+            hint="add --output-dir with the folder of the run to continue",
+        )
+    from diffalign.training.run import align
+
+    align(config, args.output_dir or default_output_dir(args.config), resume=args.resume)
+
+
+def default_output_dir(config: str) -> Path:
+    """runs/tiny-ddpo-20260131-120000 for tiny/ddpo; a file outside the shipped ones gives its stem only."""
+    path = Path(config)
+    parts = path.with_suffix("").parts
+    name = path.stem if path.is_file() else "-".join(part for part in parts if part not in ("configs", "/"))
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,1 @@
+"""Where training data comes from: prompts, images, preferences, and the bundled Shapes world."""

@@ -1,0 +1,180 @@
+"""Preference pairs: two pictures of one prompt, and which of them people preferred."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from diffalign.assets import resolve
+from diffalign.config import PairsConfig
+from diffalign.data.tables import JsonTable, Table, open_table, picture_source
+from diffalign.data.textfiles import choose_column, listed
+from diffalign.errors import DataError
+from diffalign.images import open_image, resize_crop, to_tensor
+
+PROMPT_COLUMNS = ("caption", "prompt", "text")
+LABELLED = ("jpg_0", "jpg_1", "label_0")
+BINARIZED = ("chosen", "rejected")
+
+
+class PreferencePairs:
+    """The training and the held-out pairs of a run.
+
+    Two layouts, in Parquet or jsonl: Pick-a-Pic's (`jpg_0, jpg_1, label_0`, where label_0 is the probability
+    that picture 0 is preferred and a false `has_label` means a tie) and binarized (`chosen, rejected`); the
+    prompt is in the first of `PROMPT_COLUMNS`. Pictures are read by `PairSet.load` only.
+
+    Held out are the pairs of `validation_path`, or those of `path` whose prompt hashes below
+    `validation_fraction`: pairs of one prompt (up to case and spaces) are on the same side, in every run.
+
+    Args:
+        config: where the pairs are.
+        ties: leave pairs with probability 0.5 out of `train`, or keep them ("soft"). `validation` never holds
+            ties: they have no accuracy.
+
+    Raises:
+        DataError: a missing column (those present are listed), a label that is no probability, only ties, or
+            no pair left to train on.
+    """
+
+    train: PairSet
+    validation: PairSet
+
+    def __init__(self, config: PairsConfig, ties: Literal["drop", "soft"]) -> None:
+        pairs = _Pairs.read(config.path)
+        rows = range(len(pairs.prompts))
+        held_out: Sequence[int]
+        if config.validation_path is not None:
+            validation = _Pairs.read(config.validation_path)
+            held_out, training = range(len(validation.prompts)), list(rows)
+        else:
+            validation = pairs
+            chosen = [_prompt_hash(pairs.prompts[row]) < config.validation_fraction for row in rows]
+            held_out = [row for row in rows if chosen[row]]
+            training = [row for row in rows if not chosen[row]]
+        if ties == "drop":
+            training = pairs.decided(training)
+        if not training:
+            raise DataError(
+                "no pairs left to train on",
+                where=config.path,
+                why=f"all of the {len(rows)} pairs are held out for validation, or ties",
+                hint="lower data.validation_fraction, or name a data.validation_path",
+            )
+        self.train = PairSet(pairs, training)
+        self.validation = PairSet(validation, validation.decided(held_out))
+
+
+class PairSet:
+    """Some pairs of a table, each with its preferred picture first. Made by `PreferencePairs`."""
+
+    def __init__(self, pairs: _Pairs, rows: Sequence[int]) -> None:
+        self._pairs = pairs
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def prompt(self, index: int) -> str:
+        return self._pairs.prompts[self._rows[index]]
+
+    def probability(self, index: int) -> float:
+        """Probability that the first picture of `load` is preferred: 0.5 (a tie) to 1."""
+        first = self._pairs.probabilities[self._rows[index]]
+        return max(first, 1.0 - first)
+
+    def load(self, index: int, resolution: int) -> tuple[Tensor, Tensor]:
+        """Winner and loser, their centre squares resized: float32 [3, resolution, resolution] in [0, 1].
+
+        Raises:
+            DataError: a picture is missing or damaged; the message names its row and column.
+        """
+        row, table, names = self._rows[index], self._pairs.table, self._pairs.pictures
+        pictures: list[Tensor] = []
+        for cell, name in zip(table.cells(row, names), names, strict=True):
+            where = f"{table.where(row)}, {name}"
+            image = open_image(picture_source(cell, table.folder, where), where)
+            pictures.append(to_tensor([resize_crop(image, resolution)])[0])
+        first, second = pictures
+        return (first, second) if self._pairs.probabilities[row] >= 0.5 else (second, first)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    table: Table
+    prompts: list[str]
+    probabilities: list[float]
+    pictures: tuple[str, str]
+
+    @classmethod
+    def read(cls, path: str) -> _Pairs:
+        table = open_table(resolve(path))
+        prompts = table.column(choose_column(PROMPT_COLUMNS, table.columns, path))
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise DataError("prompt is not text", where=table.where(row), why=f"got {prompt!r}")
+        if set(LABELLED) <= set(table.columns):
+            pictures, probabilities = (LABELLED[0], LABELLED[1]), _labels(table)
+        elif set(BINARIZED) <= set(table.columns):
+            pictures, probabilities = BINARIZED, [1.0] * len(table)
+        else:
+            raise DataError(
+                "not a table of preference pairs",
+                where=path,
+                why=f"found: {', '.join(table.columns)}",
+                hint=f"pairs need the columns {', '.join(LABELLED)}, or {', '.join(BINARIZED)}",
+            )
+        if isinstance(table, JsonTable):
+            _require_files(table, pictures)
+        pairs = cls(table, prompts, probabilities, pictures)
+        if not pairs.decided(range(len(prompts))):
+            raise DataError(
+                "every pair is a tie",
+                where=path,
+                why=f"label_0 is 0.5, or has_label is false, in all {len(prompts)} rows",
+            )
+        return pairs
+
+    def decided(self, rows: Sequence[int]) -> list[int]:
+        """Those of `rows` that are not ties."""
+        return [row for row in rows if self.probabilities[row] != 0.5]
+
+
+def _labels(table: Table) -> list[float]:
+    labels = table.column("label_0")
+    labelled = table.column("has_label") if "has_label" in table.columns else [True] * len(labels)
+    probabilities: list[float] = []
+    for row, (label, counts) in enumerate(zip(labels, labelled, strict=True)):
+        if not counts:
+            probabilities.append(0.5)
+        elif isinstance(label, int | float) and 0 <= label <= 1:
+            probabilities.append(float(label))
+        else:
+            raise DataError(
+                "label is not a probability",
+                where=f"{table.where(row)}, label_0",
+                why=f"got {label!r}; 1 means picture 0 is preferred, 0 picture 1, and 0.5 is a tie",
+            )
+    return probabilities
+
+
+def _require_files(table: JsonTable, pictures: tuple[str, str]) -> None:
+    names = [name for column in pictures for name in table.column(column) if isinstance(name, str)]
+    missing = [file for file in map(table.folder.joinpath, dict.fromkeys(names)) if not file.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} pictures not found",
+            where=listed(missing),
+            hint="paths are relative to the folder of the .jsonl file",
+        )
+
+
+def _prompt_hash(prompt: str) -> float:
+    """A number in [0, 1) that depends on the words of the prompt only."""
+    text = " ".join(prompt.split()).casefold()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64

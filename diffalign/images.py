@@ -1,0 +1,164 @@
+"""Pictures in and out: the one place where files, PIL images and tensors are converted.
+
+Everywhere else a picture is a float32 tensor NCHW in [0, 1], or an RGB PIL image. Conversion to 8 bits
+rounds and clamps; a tensor that is not finite is refused instead of becoming a black picture.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from diffalign.errors import DataError, NumericsError
+
+MAX_PIXELS = 64 * 10**6
+"""Pictures with more pixels are refused from their header, before any of them is decoded."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What `open_image` reads. Formats that start other programs (EPS) stay out."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats in [0, 1] to uint8 in [0, 255], rounded and clamped; shape and device are kept.
+
+    Raises:
+        NumericsError: a value is NaN or infinite.
+    """
+    images = images.detach().float()
+    finite = torch.isfinite(images)
+    if not finite.all():
+        first = tuple(torch.nonzero(~finite)[0].tolist())
+        raise NumericsError(
+            "picture with NaN or infinite pixels",
+            where=f"element {first} of a tensor of shape {tuple(images.shape)}",
+            hint="half-precision VAEs overflow on some pictures; decode with model.vae_dtype: float32",
+        )
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """[N, 3, H, W] floats in [0, 1] to N RGB images."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected pictures of shape [N, 3, H, W], got {list(images.shape)}")
+    return [Image.fromarray(array) for array in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """N images of one size to float32 [N, 3, H, W] in [0, 1] on the CPU.
+
+    Raises:
+        DataError: the images differ in size.
+    """
+    if not images:
+        raise ValueError("no images to convert")
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for width, height in sizes[:4])
+        raise DataError(
+            f"pictures of {len(sizes)} different sizes in one batch",
+            why=f"sizes (width x height): {listed}",
+            hint="resize them to one size first (diffalign.images.resize_crop)",
+        )
+    arrays = np.stack([np.array(_to_rgb(image)) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255)
+
+
+def open_image(source: Path | bytes, where: str) -> Image.Image:
+    """Read a picture as 8-bit RGB, upright.
+
+    EXIF orientation is applied, 16-bit greyscale is scaled, CMYK and palettes are converted, transparency
+    is laid over white, and of an animation the first frame is taken.
+
+    Args:
+        source: a file, or the bytes of one.
+        where: file or row, for the error message.
+
+    Raises:
+        DataError: missing, damaged, of an unsupported format, or above `MAX_PIXELS`.
+    """
+    size = "more than Pillow opens"
+    try:
+        with _open_header(source) as image:
+            size = f"{image.width} x {image.height}"
+            if image.width * image.height <= MAX_PIXELS:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise DataError("picture not found", where=where) from error
+    except Image.DecompressionBombError:
+        pass
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise DataError(
+            "unreadable picture",
+            where=where,
+            why=str(error) or type(error).__name__,
+            hint=f"supported formats: {', '.join(FORMATS)}",
+        ) from error
+    raise DataError(
+        "picture too large",
+        where=where,
+        why=f"{size} pixels; at most {MAX_PIXELS // 10**6} million are decoded",
+        hint="resize it, or leave it out",
+    )
+
+
+@overload
+def resize_crop(images: Image.Image, resolution: int) -> Image.Image: ...
+@overload
+def resize_crop(images: Tensor, resolution: int) -> Tensor: ...
+def resize_crop(images: Image.Image | Tensor, resolution: int) -> Image.Image | Tensor:
+    """The largest centred square, resized to `resolution` (antialiased bicubic, up or down).
+
+    Resizing the shortest side and cropping the centre gives the same picture but for the outermost pixels,
+    and takes memory for the long side.
+
+    Args:
+        images: one PIL image, or floats [N, C, H, W] in [0, 1] (differentiable).
+    """
+    if isinstance(images, Image.Image):
+        left, top, side = _centre_square(*images.size)
+        box = (left, top, left + side, top + side)
+        return images.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC)
+    left, top, side = _centre_square(images.shape[-1], images.shape[-2])
+    square = images[..., top : top + side, left : left + side]
+    size = (resolution, resolution)
+    return F.interpolate(square, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+
+
+def _centre_square(width: int, height: int) -> tuple[int, int, int]:
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def _open_header(source: Path | bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller's limit is lower
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float32)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixel values beyond 16 bits")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,1 @@
+"""Diffusion models behind one interface, `Denoiser`; one file a family."""

@@ -1,0 +1,103 @@
+"""`Denoiser`: what the optimizers need from a diffusion model, and nothing of its family.
+
+Latents are NCHW and scaled to about unit variance; pictures are NCHW float32 in [0, 1]; timesteps are int64 [B].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.config import SamplerConfig
+from diffalign.schedule import NoiseSchedule
+from diffalign.transitions import Sampler
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts.
+
+    Args:
+        embeddings: [B, L, C], one row per prompt.
+        unconditional: [1, L, C], the empty prompt, for classifier-free guidance.
+    """
+
+    embeddings: Tensor
+    unconditional: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, rows: Tensor | slice) -> Conditioning:
+        """The prompts at `rows` (an index tensor or a slice)."""
+        return Conditioning(self.embeddings[rows], self.unconditional)
+
+
+class Denoiser(ABC):
+    """A diffusion model: a policy over denoising steps, with its frozen reference.
+
+    Attributes:
+        schedule: noise levels and parameterisation.
+        device: where the networks live.
+        resolution: side of a picture in pixels.
+        latent_shape: (C, H, W) of one latent.
+        trains_text_encoder: prompts must be encoded inside the loss, with gradients.
+    """
+
+    schedule: NoiseSchedule
+    device: torch.device
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    trains_text_encoder: bool
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode B prompts; too long ones are truncated before the end token."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0) -> Tensor:
+        """The network's output for x [B, C, H, W] at t [B], guided: uncond + w (cond - uncond). Float32.
+
+        Condition and no-condition go through the network in one pass; w = 1 skips the latter.
+        """
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Posterior means of pictures [B, 3, H, W] in [0, 1], as scaled float32 latents."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] float32 in [0, 1] from scaled latents. Differentiable up to the final clamp."""
+
+    @abstractmethod
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> float32 parameter, in a fixed order."""
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, `predict` and `encode_prompts` are the frozen reference policy's."""
+
+    @abstractmethod
+    def make_sampler(self, config: SamplerConfig) -> Sampler:
+        """Timesteps as diffusers' own scheduler spaces them for this checkpoint."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write what plain diffusers loads: LoRA weights, or a whole pipeline after full fine-tuning."""
+
+    @abstractmethod
+    def prepare_training(self, *, gradient_checkpointing: bool, compile: bool) -> None:
+        """Switch on what only training needs."""
+
+    def encode_in_batches(self, pictures: Sequence[int], load: Callable[[int], Tensor], size: int) -> Tensor:
+        """Latents [N, C, H, W] on the CPU of the pictures that `load` returns as [3, H, W]."""
+        chunks = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+        with torch.no_grad():
+            latents = [self.encode_images(torch.stack([load(i) for i in chunk])).cpu() for chunk in chunks]
+        return torch.cat(latents)

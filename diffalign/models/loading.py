@@ -1,0 +1,248 @@
+"""From a path in the configuration to a `Denoiser`: folders, hub ids, single files, finished runs.
+
+Only safetensors are read: pickle files can run code. Every refusal says what to do instead.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffalign.assets import resolve
+from diffalign.config import ModelConfig
+from diffalign.errors import CheckpointError, DeviceError
+from diffalign.models.base import Denoiser
+from diffalign.models.stable_diffusion import StableDiffusion
+
+PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAMILIES: dict[str, tuple[Any, type[StableDiffusion]]] = {
+    "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusion)
+}
+"""Pipeline class named in model_index.json -> how to load it, and its Denoiser. A new family adds one line."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda".
+
+    Raises:
+        DeviceError: "cuda" was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "training.device: cuda was asked for, but PyTorch sees no CUDA device",
+            why=f"torch {torch.__version__}, torch.cuda.is_available() is False",
+            hint="run `diffalign doctor`, install a CUDA build and driver, or use --training.device cpu",
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_denoiser(
+    config: ModelConfig,
+    *,
+    device: str | torch.device = "cpu",
+    mixed_precision: str = "no",
+    channels_last: bool = True,
+    trainable: bool = False,
+    seed: int = 0,
+) -> StableDiffusion:
+    """Build the model of a run.
+
+    Raises:
+        CheckpointError: nothing there, not safetensors, damaged, or not Stable Diffusion.
+        DeviceError: fp16 without a GPU.
+    """
+    device = pick_device(device) if isinstance(device, str) else device
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise DeviceError(
+            "training.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on the CPU", where=str(device)
+        )
+    return StableDiffusion(
+        load_pipeline(config),
+        config,
+        device=device,
+        compute_dtype=COMPUTE_DTYPES[mixed_precision],
+        channels_last=channels_last,
+        trainable=trainable,
+        seed=seed,
+    )
+
+
+def load_for_inference(
+    path: str, *, device: str = "auto", mixed_precision: str = "no", resolution: int | None = None
+) -> Denoiser:
+    """A model to sample from: whatever `ModelConfig.path` takes, a run folder, or a run's `final/`."""
+    local = resolve(path)
+    final = local / "final" if (local / "final").is_dir() else local
+    if not (final / LORA_FILE).is_file():
+        source = str(final) if final.exists() else path
+        config = ModelConfig(path=source, lora=None, resolution=resolution)
+        return load_denoiser(config, device=device, mixed_precision=mixed_precision)
+    base = _base_of(final)
+    if resolution is not None:
+        base = base.model_copy(update={"resolution": resolution})
+    pipeline = load_pipeline(base)
+    pipeline.load_lora_weights(str(final), weight_name=LORA_FILE)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    target = pick_device(device)
+    return StableDiffusion(
+        pipeline,
+        base.model_copy(update={"lora": None}),
+        device=target,
+        compute_dtype=COMPUTE_DTYPES[mixed_precision],
+    )
+
+
+def _base_of(final: Path) -> ModelConfig:
+    """The model section of the run that `final` belongs to."""
+    from diffalign.config_file import load_config
+
+    run_config = final.parent / "config.yaml"
+    if not run_config.is_file():
+        raise CheckpointError(
+            f"{final} holds LoRA weights, but not the name of their base model",
+            where=str(run_config),
+            why="a LoRA changes a base model, which the run's config.yaml names",
+            hint="keep final/ inside its run folder",
+        )
+    return load_config(run_config).model
+
+
+def load_pipeline(config: ModelConfig) -> StableDiffusionPipeline:
+    """The diffusers pipeline at `config.path`, float32, without safety checker. Raises CheckpointError."""
+    path = resolve(config.path)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise CheckpointError(
+            f"{config.path} is a pickle checkpoint, which can run code when it is opened",
+            hint="convert it once where you trust it: StableDiffusionPipeline.from_single_file(path)"
+            ".save_pretrained(folder, safe_serialization=True)",
+        )
+    try:
+        if path.is_file():
+            return _load_single_file(path, config)
+        if path.is_dir():
+            _check_folder(path, config)
+            return _load_folder(str(path), config)
+        return _load_hub(config)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot load a Stable Diffusion checkpoint from {config.path}",
+            where=str(path),
+            why=_first_line(error),
+            hint="a truncated or mixed-up file looks like this: download it again, or try `diffalign doctor`",
+        ) from error
+    except Exception as error:
+        if "safetensor" not in type(error).__name__.lower():
+            raise
+        raise CheckpointError(
+            f"a weight file of {config.path} is damaged",
+            why=_first_line(error),
+            hint="download or export it again",
+        ) from error
+
+
+def _check_folder(path: Path, config: ModelConfig) -> None:
+    index_file = path / "model_index.json"
+    if not index_file.is_file():
+        raise CheckpointError(
+            f"{config.path} is not a diffusers checkpoint",
+            where=str(index_file),
+            why="a diffusers folder has a model_index.json",
+            hint="give the folder that save_pretrained wrote, a hub id, or a single .safetensors file",
+        )
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{index_file} is not JSON", why=_first_line(error)) from error
+    family = index.get("_class_name") if isinstance(index, dict) else None
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{config.path} is a {family}, not a Stable Diffusion 1.x or 2.x checkpoint",
+            where=str(index_file),
+            hint=f"supported pipelines: {', '.join(FAMILIES)}",
+        )
+    for part in ("unet", "vae", "text_encoder"):
+        files = [file.suffix for file in (path / part).glob("*")] if (path / part).is_dir() else []
+        if ".safetensors" in files:
+            continue
+        pickled = any(suffix in PICKLE_SUFFIXES for suffix in files)
+        raise CheckpointError(
+            f"{config.path} has no safetensors weights for its {part}",
+            where=str(path / part),
+            why="only pickle files are there, and those can run code" if pickled else "the weights are missing",
+            hint="save the pipeline again with save_pretrained(folder, safe_serialization=True)",
+        )
+
+
+_LOAD_OPTIONS: dict[str, Any] = {
+    "safety_checker": None,
+    "requires_safety_checker": False,
+    "feature_extractor": None,
+}
+
+
+def _load_folder(path: str, config: ModelConfig) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(
+        path,
+        revision=config.revision,
+        variant=config.variant,
+        dtype=torch.float32,
+        use_safetensors=True,
+        **_LOAD_OPTIONS,
+    )
+
+
+def _load_single_file(path: Path, config: ModelConfig) -> StableDiffusionPipeline:
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{config.path} is not a .safetensors file", hint="give a diffusers folder, a hub id or a .safetensors file"
+        )
+    options = dict(_LOAD_OPTIONS)
+    options.pop("feature_extractor")
+    if config.single_file_config is not None:
+        options["config"] = str(resolve(config.single_file_config))
+    return StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
+
+
+def _load_hub(config: ModelConfig) -> StableDiffusionPipeline:
+    parts = config.path.split("/")
+    if config.path.startswith((".", "/", "~")) or len(parts) != 2 or not all(parts):
+        raise CheckpointError(
+            f"{config.path} does not exist",
+            where=f"model.path = {config.path}",
+            hint="give an existing folder or file, a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, "
+            "or bundled:tiny-sd",
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        index = Path(hf_hub_download(config.path, "model_index.json", revision=config.revision))
+    except Exception as error:
+        raise CheckpointError(
+            f"{config.path} is neither a local path nor a hub model that can be read",
+            where=f"model.path = {config.path}" + (f", revision {config.revision}" if config.revision else ""),
+            why=_first_line(error),
+            hint="check the spelling and the network; a gated model needs `hf auth login`",
+        ) from error
+    family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{config.path} is a {family}, not a Stable Diffusion 1.x or 2.x checkpoint",
+            hint=f"supported pipelines: {', '.join(FAMILIES)}",
+        )
+    return _load_folder(config.path, config)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+

@@ -1,0 +1,42 @@
+"""Pictures from prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign.config import SamplerConfig
+from diffalign.models.base import Denoiser
+from diffalign.trajectory import rollout
+
+
+@torch.no_grad()
+def generate(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: SamplerConfig,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Pictures [N, 3, H, W] float32 in [0, 1] on the CPU; picture i depends on prompts[i] and seeds[i] only.
+
+    Args:
+        prompts, seeds: N each.
+        batch_size: pictures per denoiser call; changes memory and speed, not the pictures.
+        on_batch: called with the number of pictures finished so far.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"prompts and seeds are pairs, got {len(prompts)} and {len(seeds)}")
+    steps = denoiser.make_sampler(sampler)
+    pictures: list[Tensor] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        conditioning = denoiser.encode_prompts(prompts[rows])
+        *_, last = rollout(denoiser, conditioning, steps, seeds[rows])
+        pictures.append(denoiser.decode(last.x_prev).cpu())
+        if on_batch is not None:
+            on_batch(min(start + batch_size, len(prompts)))
+    return torch.cat(pictures) if pictures else torch.empty(0, 3, denoiser.resolution, denoiser.resolution)

@@ -1,0 +1,1 @@
+"""Running an algorithm: the loop, precision, checkpoints, previews, evaluation before and after."""

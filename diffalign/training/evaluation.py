@@ -1,0 +1,129 @@
+"""Before and after: the same prompts and seeds, every reward, with intervals.
+
+Statistics and pictures of them live in `diffalign_eval`, which this package reaches by name only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffalign.algorithms.base import Meter
+from diffalign.config import EvaluationConfig
+from diffalign.data.prompts import load_prompts
+from diffalign.images import open_image, to_pil
+from diffalign.models.base import Denoiser
+from diffalign.rewards import RewardMixture
+from diffalign.sampling import generate
+from diffalign.seeding import derive_seed
+from diffalign.training.run_folder import write_atomically
+
+SHOWN_PER_SET = 8
+"""Pictures of each set that are kept as files."""
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """One prompt set: N pictures' prompts, seeds, and scores by reward label."""
+
+    prompts: list[str]
+    seeds: list[int]
+    scores: dict[str, list[float]]
+
+
+Evaluation = dict[str, SetScores]
+
+
+def evaluate(
+    denoiser: Denoiser,
+    config: EvaluationConfig,
+    reward: RewardMixture,
+    *,
+    seed: int,
+    name: str,
+    folder: Path,
+    meter: Meter,
+    on_pictures: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Sample and score every set; writes `<folder>/<name>.json` and the first pictures in `<folder>/<name>/`.
+
+    Picture i of a set has the seed derived from (seed, "evaluation", set, i), before and after alike.
+    `on_pictures` is told how many pictures, over all sets, are finished.
+    """
+    results: Evaluation = {}
+    finished = 0
+    for set_name, path in config.sets.items():
+        loaded = load_prompts(path, config.prompts_per_set)
+        prompts = [prompt for prompt in loaded for _ in range(config.seeds_per_prompt)]
+        seeds = [derive_seed(seed, "evaluation", set_name, i) for i in range(len(prompts))]
+
+        def report(done: int, offset: int = finished) -> None:
+            if on_pictures is not None:
+                on_pictures(offset + done)
+
+        with meter.phase("evaluation"):
+            pictures = generate(denoiser, prompts, seeds, config.sampler, config.batch_size, report)
+            scores = {label: values.tolist() for label, values in reward(pictures, prompts).components.items()}
+        finished += len(prompts)
+        results[set_name] = SetScores(prompts, seeds, scores)
+        shown = folder / name
+        shown.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(to_pil(pictures[:: config.seeds_per_prompt][:SHOWN_PER_SET])):
+            picture.save(shown / f"{set_name}-{i}.png")
+    write_atomically(
+        folder / f"{name}.json", json.dumps({key: asdict(value) for key, value in results.items()})
+    )
+    return results
+
+
+def read_evaluation(file: Path) -> Evaluation:
+    """What `evaluate` wrote."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return {name: SetScores(**value) for name, value in stored.items()}
+
+
+def compare_before_after(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+    """Set -> reward -> {before, after, change}, each mean, low, high (95 %) and n; paired by prompt and seed."""
+    statistics = importlib.import_module("diffalign_eval.statistics")
+    summary: dict[str, dict[str, Any]] = {}
+    for name, first in before.items():
+        second = after[name]
+        summary[name] = {
+            label: {
+                "before": statistics.mean_interval(values, first.prompts).to_json(),
+                "after": statistics.mean_interval(second.scores[label], first.prompts).to_json(),
+                "change": statistics.paired_difference(values, second.scores[label], first.prompts).to_json(),
+            }
+            for label, values in first.scores.items()
+        }
+    return summary
+
+
+def write_grid(
+    before: Evaluation, after: Evaluation, label: str, folder: Path, seeds_per_prompt: int
+) -> Path | None:
+    """`<folder>/before-after.png`: the first pictures of every set, with the score `label` under each."""
+    grid = importlib.import_module("diffalign_eval.grid")
+    rows: dict[str, list[Image.Image]] = {"before": [], "after": []}
+    scores: dict[str, list[float]] = {"before": [], "after": []}
+    captions: list[str] = []
+    for set_name, first in before.items():
+        stride = seeds_per_prompt
+        shown = range(0, min(len(first.prompts), SHOWN_PER_SET * stride), stride)
+        captions += [first.prompts[i] for i in shown]
+        for row, evaluation in (("before", before), ("after", after)):
+            for k, i in enumerate(shown):
+                file = folder / row / f"{set_name}-{k}.png"
+                rows[row].append(open_image(file, str(file)))
+                scores[row].append(evaluation[set_name].scores[label][i])
+    if not captions:
+        return None
+    file = folder / "before-after.png"
+    grid.picture_grid(rows, captions, scores, score_name=label).save(file)
+    return file

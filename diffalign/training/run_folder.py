@@ -1,0 +1,106 @@
+"""The files of a run: where they are, how they are written, what a new or resumed run may find."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffalign.config import AnyRun
+from diffalign.config_file import dump_config
+from diffalign.errors import ConfigError, StorageError
+
+
+class RunFolder:
+    """One run: config.yaml, metrics.jsonl, samples/, checkpoints/, final/, summary.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.summary = path / "summary.json"
+
+    def open(self, config: AnyRun, *, resume: bool) -> None:
+        """Create the folder of a new run, or check that an old one was started with this configuration.
+
+        Raises:
+            ConfigError: the folder is taken, there is nothing to resume, or the configuration differs.
+            StorageError: the folder cannot be created.
+        """
+        text = dump_config(config)
+        if resume:
+            self._check_same_config(text)
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ConfigError(
+                f"the output folder {self.path} is not empty",
+                hint="add --resume to continue that run, or choose another --output-dir",
+            )
+        try:
+            self.samples.mkdir(parents=True)
+            write_atomically(self.config, text)
+        except OSError as error:
+            raise StorageError(
+                "cannot create the run's folder", where=str(self.path), why=str(error), hint="choose another --output-dir"
+            ) from error
+
+    def _check_same_config(self, text: str) -> None:
+        if not self.config.is_file():
+            raise ConfigError(
+                f"there is no run to resume in {self.path}",
+                where=str(self.config),
+                hint="leave --resume out to start one, or name the folder of an earlier run",
+            )
+        old, new = self.config.read_text(encoding="utf-8").splitlines(), text.splitlines()
+        if old == new:
+            return
+        changed = [f"- {line.strip()}" for line in old if line not in new]
+        changed += [f"+ {line.strip()}" for line in new if line not in old]
+        raise ConfigError(
+            f"the configuration is not the one that {self.path} was started with",
+            why="\n".join(changed[:12]),
+            hint="resume with the run's own config.yaml, or start a new run in another folder",
+        )
+
+    def require_space(self, needed: int) -> None:
+        """Raise StorageError unless `needed` bytes are free where the run is written."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise StorageError(
+                f"not enough disk space for this run: {_gigabytes(needed)} needed, {_gigabytes(free)} free",
+                where=str(self.path.resolve()),
+                why="checkpoints hold the trainable weights, two optimizer moments and the average, and final/ the result",
+                hint="free some space, lower training.keep_last, or choose an --output-dir on another disk",
+            )
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def drop_metrics_after(self, iteration: int) -> None:
+        """Forget lines that a resumed run will write again."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        write_atomically(self.metrics, "".join(kept))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a whole text file or leave the old one."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

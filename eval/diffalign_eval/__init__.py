@@ -1,0 +1,1 @@
+"""Honest comparison of checkpoints: same prompts, same seeds, paired statistics, pictures side by side."""

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from diffalign.cli import main
+from diffalign.cli.train import default_output_dir
+
+
+def test_help_shows_examples_and_how_to_change_an_option(capsys):
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "diffalign train tiny/ddpo" in shown
+    assert "--rewards.0.weight 0.5" in shown
+    assert "--output-dir" in shown
+
+
+def test_a_wrong_option_stops_the_run_before_anything_is_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "sd15/ddpo_clip", "--sampler.eta", "0", "--seed", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "error: command line: --seed must be a whole number; got x\n"
+        "error: command line: --sampler.eta: eta = 0 makes every step deterministic, which has no "
+        "log-probability and so no policy gradient; set sampler.eta to 1, or sampler.kind to ddpm\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_flag_of_the_command_suggests_one(capsys):
+    assert main(["train", "sd15/sft", "--reume"]) == 2
+    shown = capsys.readouterr()
+    assert "--resume" in shown.err + shown.out
+
+
+def test_a_missing_config_is_one_screen(capsys):
+    assert main(["train", "nothing.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: no run file nothing.yaml\n")
+
+
+def test_resume_needs_the_folder_to_resume_from(capsys):
+    assert main(["train", "sd15/sft", "--resume"]) == 2
+    assert capsys.readouterr().err.startswith("error: --resume needs --output-dir\n")
+
+
+def test_the_default_folder_is_named_after_the_config_and_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("")
+    stamp = r"\d{8}-\d{6}"
+    assert re.fullmatch(rf"runs/tiny-ddpo-{stamp}", str(default_output_dir("tiny/ddpo")))
+    assert re.fullmatch(rf"runs/tiny-ddpo-{stamp}", str(default_output_dir("configs/tiny/ddpo.yaml")))
+    assert re.fullmatch(rf"runs/mine-{stamp}", str(default_output_dir(str(tmp_path / "mine.yaml"))))

@@ -1,0 +1,121 @@
+"""Tables: rich and markdown show the same cells, and what has no interval says so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from diffalign_eval.results import summarise
+from diffalign_eval.statistics import Interval
+from diffalign_eval.table import (
+    ChangeRow,
+    before_after_markdown,
+    before_after_table,
+    comparison_markdown,
+    comparison_table,
+)
+from rich.console import Console
+from rich.table import Table
+
+ACCURACY = ChangeRow(
+    "shapes_accuracy", "in-domain", 0.46, 0.585, Interval(0.125, 0.041, 0.203, 128), percent=True
+)
+AESTHETIC = ChangeRow("aesthetic", "in-domain", 5.214, 5.5, Interval(0.286, -0.01, 0.6, 128))
+
+
+def shown(table: Table, width: int = 160) -> str:
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.replace("|", " ").split() if word.strip("-─:╶╴")]
+
+
+def test_a_share_is_shown_in_percent_and_its_change_in_points():
+    assert before_after_markdown([ACCURACY]).splitlines()[-1] == (
+        "| shapes_accuracy | in-domain | 46.0 % | 58.5 % | +12.5 pts [+4.1, +20.3] | 128 |"
+    )
+
+
+def test_a_score_is_shown_with_three_digits():
+    assert before_after_markdown([AESTHETIC]).splitlines()[-1] == (
+        "| aesthetic | in-domain | 5.21 | 5.50 | +0.29 [-0.01, +0.60] | 128 |"
+    )
+
+
+def test_a_change_too_small_for_three_digits_is_shown_with_more():
+    row = ChangeRow("aesthetic", "in-domain", 5.214, 5.2175, Interval(0.0035, 0.001, 0.006, 128))
+    assert "| 5.214 | 5.218 | +0.004 [+0.001, +0.006] |" in before_after_markdown([row])
+
+
+def test_the_markdown_is_a_table_of_six_columns_names_left_and_numbers_right():
+    header, rule, *rows = before_after_markdown([ACCURACY, AESTHETIC]).splitlines()
+    assert header == "| metric | prompts | before | after | change [95 %] | n |"
+    assert rule == "| --- | --- | ---: | ---: | ---: | ---: |"
+    assert len(rows) == 2
+
+
+def test_terminal_and_markdown_show_the_same_cells():
+    rows = [ACCURACY, AESTHETIC]
+    assert words(shown(before_after_table(rows))) == words(before_after_markdown(rows))
+
+
+def test_colour_says_better_or_worse_only_where_the_interval_excludes_zero():
+    def style(low: float, high: float, higher_is_better: bool = True) -> str:
+        row = ChangeRow("m", "s", 0.0, 1.0, Interval(1.0, low, high, 9), higher_is_better=higher_is_better)
+        return before_after_table([row]).columns[4]._cells[0].style  # type: ignore[union-attr,return-value]
+
+    assert [style(0.1, 2.0), style(-2.0, -0.1), style(-0.1, 2.0)] == ["green", "red", ""]
+    assert [style(0.1, 2.0, False), style(-2.0, -0.1, False)] == ["red", "green"]
+
+
+def test_one_picture_has_no_interval_and_the_table_says_so():
+    row = ChangeRow("clip", "in-domain", 0.25, 0.3, Interval(0.05, -math.inf, math.inf, 1))
+    assert "+0.050 (one picture: no interval)" in before_after_markdown([row])
+
+
+def test_no_change_is_zero_without_a_sign():
+    row = ChangeRow("clip", "in-domain", 0.25, 0.25, Interval(-1e-9, -1e-9, 0.0, 4))
+    assert "| 0.000 [0.000, 0.000] |" in before_after_markdown([row])
+
+
+def test_brackets_and_bars_in_names_survive():
+    row = ChangeRow("[red]a|b", "s", 1.0, 1.0, Interval(0.0, 0.0, 0.0, 2))
+    assert "[red]a|b" in shown(before_after_table([row]))
+    assert "| [red]a\\|b |" in before_after_markdown([row])
+
+
+def test_a_comparison_has_a_row_per_checkpoint_and_measures_the_others_against_the_first():
+    result = summarise(
+        "shapes_accuracy",
+        {"base": [0, 1, 0, 0], "sft": [1, 1, 0, 1], "ddpo": [1, 1, 1, 1]},
+        ["a", "b", "c", "d"],
+    )
+    header, _, base, sft, ddpo = comparison_markdown([result]).splitlines()
+    assert header == "| reward | checkpoint | mean [95 %] | change [95 %] | win rate [95 %] |"
+    assert base.startswith("| shapes_accuracy | base | 25.0 % [0.0, 75.0] | baseline |  |")
+    assert sft.startswith("|  | sft | 75.0 %")
+    assert "+50.0 pts [" in sft
+    assert "| 75 % [" in sft  # (2 wins + 2 ties / 2) / 4
+    assert "| 88 % [" in ddpo  # (3 wins + 1 tie / 2) / 4
+
+
+def test_comparisons_look_the_same_in_the_terminal():
+    result = summarise("clip", {"base": [0.25, 0.31], "tuned": [0.28, 0.33]}, [0, 1])
+    in_markdown = words(comparison_markdown([result]).replace("reward", ""))  # headings replace that column
+    assert words(shown(comparison_table([result]))) == in_markdown
+
+
+def test_both_tables_fit_a_terminal_of_80_columns_without_breaking_a_number():
+    rng = np.random.default_rng(0)
+    scores = {"tiny-sd": rng.integers(0, 2, 128), "ddpo": rng.integers(0, 2, 128)}
+    result = summarise("shapes_accuracy", scores, list(range(128)))
+    narrow, wide = (shown(comparison_table([result]), width) for width in (80, 200))
+    assert words(narrow) == words(wide)
+    assert len(narrow.splitlines()) == len(wide.splitlines())
+    rows = [ACCURACY, replace(AESTHETIC, prompts="out-of-domain")]
+    assert shown(before_after_table(rows), 80).split() == shown(before_after_table(rows), 200).split()

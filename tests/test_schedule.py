@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch.testing import assert_close
+
+from diffalign.schedule import NoiseSchedule
+
+ABAR = torch.tensor([0.81, 0.36, 0.04])  # alpha = 0.9, 0.6, 0.2
+
+
+def test_alpha_and_sigma_are_the_roots_of_abar_and_one_minus_abar():
+    alpha, sigma = NoiseSchedule(ABAR).alpha_sigma(torch.tensor([1]), torch.zeros(1, 1, 1, 1))
+    assert_close(alpha.item(), 0.6)
+    assert_close(sigma.item(), 0.8)
+
+
+def test_snr_is_alpha_squared_over_sigma_squared():
+    assert_close(NoiseSchedule(ABAR).snr(torch.tensor([1])), torch.tensor([0.36 / 0.64]))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_target_as_prediction_gives_back_x0_and_noise(kind):
+    schedule = NoiseSchedule(ABAR, kind)
+    x0, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0, 1, 2])
+    x = schedule.add_noise(x0, noise, t)
+    got_x0, got_noise = schedule.to_x0_eps(x, schedule.target(x0, noise, t), t)
+    assert_close(got_x0, x0, atol=1e-5, rtol=1e-5)
+    assert_close(got_noise, noise, atol=1e-5, rtol=1e-5)
+
+
+def test_v_is_alpha_noise_minus_sigma_x0():
+    schedule = NoiseSchedule(ABAR, "v_prediction")
+    x0, noise = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 3.0)
+    # 0.6 * 3 - 0.8 * 2 = 0.2
+    assert_close(schedule.target(x0, noise, torch.tensor([1])).item(), 0.2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_noising_and_velocity_match_diffusers(kind):
+    theirs = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    ours = NoiseSchedule(theirs.alphas_cumprod, kind)
+    x0, noise, t = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 10, 500, 999])
+    assert_close(ours.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t), atol=1e-6, rtol=1e-5)
+    if kind == "v_prediction":
+        assert_close(ours.target(x0, noise, t), theirs.get_velocity(x0, noise, t), atol=1e-6, rtol=1e-5)
+
+
+def test_before_timestep_zero_lies_the_final_alpha():
+    schedule = NoiseSchedule(ABAR, final_alpha_cumprod=0.9)
+    assert_close(schedule.alpha_bar(torch.tensor([-1, 0])), torch.tensor([0.9, ABAR[0].item()]).double())
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "message"),
+    [
+        (torch.tensor([0.1, 0.5]), "epsilon", "decrease"),
+        (torch.tensor([1.0, 0.5]), "epsilon", "decrease"),
+        (torch.tensor([[0.5, 0.1]]), "epsilon", "shape"),
+        (ABAR, "velocity", "unknown prediction type"),
+        (torch.tensor([0.5, 0.0]), "epsilon", "zero terminal SNR"),
+    ],
+)
+def test_a_table_that_is_no_schedule_is_refused(table, kind, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule(table, kind)
