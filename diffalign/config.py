@@ -238,10 +238,12 @@ class DDPOConfig(Options):
                 "group_size: a group of one has no spread to normalise by; "
                 "set group_size to 2 or more, or advantage to prompt"
             )
-        if self.objective == "reinforce" and self.inner_epochs > 1:
-            problems.append(
-                "inner_epochs: must be 1 for reinforce, which is on-policy (ppo_clip allows more)",
-            )
+        if self.objective == "reinforce":
+            for option in ("inner_epochs", "updates_per_epoch"):
+                if getattr(self, option) > 1:
+                    problems.append(
+                        f"{option}: must be 1 for reinforce, which is on-policy (ppo_clip allows more)"
+                    )
         samples = self.prompts_per_iteration * self.group_size
         if samples < 2:
             problems.append(
@@ -264,8 +266,6 @@ class ImagesConfig(Options):
     """Column or jsonl key of the caption. Default: the first of text, caption, prompt."""
     cache_latents: bool = True
     """Encode every picture once at the start (kept in memory, float32) instead of at each use."""
-    random_flip: bool = False
-    """Mirror half of the pictures (wrong for captions that say left or right)."""
 
 
 class PairsConfig(Options):

@@ -39,7 +39,9 @@ class NoiseSchedule:
         if not (table.min() >= 0 and table.max() < 1 and (table.diff() < 0).all()):
             raise ValueError("alphas_cumprod must decrease strictly from below 1 to 0 or more")
         if self.prediction_type not in get_args(PredictionType):
-            raise ValueError(f"unknown prediction type {self.prediction_type!r}; known: {get_args(PredictionType)}")
+            raise ValueError(
+                f"unknown prediction type {self.prediction_type!r}; known: {get_args(PredictionType)}"
+            )
         if self.prediction_type == "epsilon" and table[-1] == 0:
             raise ValueError("epsilon-prediction cannot recover x_0 at zero terminal SNR; use v_prediction")
         object.__setattr__(self, "alphas_cumprod", table.detach().to("cpu", torch.float64))

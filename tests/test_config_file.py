@@ -319,7 +319,12 @@ def test_a_wrong_override_names_the_command_line(override, expected):
 
 
 def test_a_conflict_about_an_option_that_is_wrong_anyway_is_not_repeated():
-    assert screen(MINIMAL, "--sampler.eta", "x").count("sampler.eta") == 1
+    wrong = ["--algorithm.prompts_per_iteration", "x", "--algorithm.updates_per_epoch", "3"]
+    assert screen(MINIMAL, *wrong) == (
+        "error: command line: --algorithm.prompts_per_iteration must be a whole number; got x"
+    )
+    conflict = "--algorithm.updates_per_epoch: 3 does not divide the pictures of an iteration"
+    assert conflict in screen(MINIMAL, *wrong[2:])
 
 
 BAD_VALUES = ["null", "zzz", "-1", "[]", "{}", "true", "1e999", "[1, {a: b}]", "2020-01-01", "'", ".nan"]

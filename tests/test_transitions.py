@@ -116,9 +116,9 @@ def test_whole_ddpm_trajectories_match_diffusers(prediction_type):
         expected = theirs.step(
             linear_network(expected, t), t, expected, generator=torch.Generator().manual_seed(seed)
         ).prev_sample
-        ours = sampler.step(
-            ours, linear_network(ours, t), torch.tensor([t, t]), torch.tensor([s, s])
-        ).sample(noise)
+        ours = sampler.step(ours, linear_network(ours, t), torch.tensor([t, t]), torch.tensor([s, s])).sample(
+            noise
+        )
         assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -50,7 +50,9 @@ class Meter:
         on_phase: told the name of each phase that begins (for progress displays).
     """
 
-    def __init__(self, device: torch.device | None = None, on_phase: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, on_phase: Callable[[str], None] | None = None
+    ) -> None:
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self._device, self._on_phase = device, on_phase
@@ -92,6 +94,7 @@ class Context:
         rank, world: this process and how many there are.
         gather: concatenates a tensor over all processes, in rank order.
         meter: where it reports its phases.
+        say: shows the user a line.
     """
 
     seed: int = 0
@@ -99,3 +102,4 @@ class Context:
     world: int = 1
     gather: Callable[[Tensor], Tensor] = _alone
     meter: Meter = field(default_factory=Meter)
+    say: Callable[[str], None] = print

@@ -62,7 +62,7 @@ class OnlineRL:
         self.statistics = PromptStatistics(config.prompt_buffer, config.prompt_min_count)
         self.experience: Experience | None = None
         self._metrics: dict[str, float] = {}
-        self._ratio_checked = False
+        self.ratio_error: float | None = None
         if config.prompts_per_iteration % context.world:
             raise ConfigError(
                 f"algorithm.prompts_per_iteration: {config.prompts_per_iteration} prompts cannot be shared "
@@ -73,48 +73,53 @@ class OnlineRL:
 
     def updates(self, iteration: int) -> Iterator[list[StepBatch]]:
         self.experience = self._sample(iteration)
-        if not self._ratio_checked:
+        if self.ratio_error is None:
             with self.context.meter.phase("ratio check"):
                 self._check_ratio(self.experience)
-            self._ratio_checked = True
         for epoch in range(self.config.inner_epochs):
             yield from self._minibatches(self.experience, iteration, epoch)
 
     def _sample(self, iteration: int) -> Experience:
-        config, context = self.config, self.context
-        drawn = self.prompts.draw(iteration, config.prompts_per_iteration)
-        group, rows = config.group_size, range(context.rank, len(drawn), context.world)
-        prompts = [drawn[row] for row in rows for _ in range(group)]
-        seeds = [
-            derive_seed(context.seed, "rollout", iteration, row * group + i) for row in rows for i in range(group)
-        ]
-        parts, totals, components = [], [], []
-        for start in range(0, len(prompts), config.sample_batch_size):
-            chunk = slice(start, start + config.sample_batch_size)
-            with context.meter.phase("sampling"), torch.no_grad():
-                conditioning = self.denoiser.encode_prompts(prompts[chunk])
-                steps = rollout(
-                    self.denoiser,
-                    conditioning,
-                    self.sampler,
-                    seeds[chunk],
-                    storage_dtype=getattr(torch, config.storage_dtype),
-                )
-                parts.append(Trajectory.collect(self.sampler, steps))
-                pictures = self.denoiser.decode(parts[-1].final)
-            with context.meter.phase("reward"):
-                scores = self.reward(pictures, prompts[chunk])
-            totals.append(scores.total)
-            components.append(scores.components)
-        context.meter.count("sampled_pictures", len(prompts))
-        context.meter.count("reward_queries", len(prompts) * len(self.reward.labels))
-        rewards = torch.cat(totals).to(self.denoiser.device)
-        merged = {label: torch.cat([part[label] for part in components]) for label in components[0]}
-        advantages = self._advantages(rewards, drawn)
-        self._metrics = self._reward_metrics(rewards, merged)
+        drawn, prompts, seeds = self._my_share(iteration)
+        trajectory, rewards, components = self._sample_pictures(prompts, seeds)
+        self.context.meter.count("sampled_pictures", len(prompts))
+        self.context.meter.count("reward_queries", len(prompts) * len(self.reward.labels))
+        self._metrics = self._reward_metrics(rewards, components)
         with torch.no_grad():
             conditioning = self.denoiser.encode_prompts(prompts)
-        return Experience(Trajectory.concatenate(parts), prompts, conditioning, advantages)
+        return Experience(trajectory, prompts, conditioning, self._advantages(rewards, drawn))
+
+    def _my_share(self, iteration: int) -> tuple[list[str], list[str], list[int]]:
+        """All prompts drawn for this iteration; this process's prompts, each `group_size` times, and their seeds."""
+        drawn = self.prompts.draw(iteration, self.config.prompts_per_iteration)
+        group, seed = self.config.group_size, self.context.seed
+        mine = [
+            (row, i) for row in range(self.context.rank, len(drawn), self.context.world) for i in range(group)
+        ]
+        seeds = [derive_seed(seed, "rollout", iteration, row * group + i) for row, i in mine]
+        return drawn, [drawn[row] for row, _ in mine], seeds
+
+    def _sample_pictures(
+        self, prompts: list[str], seeds: list[int]
+    ) -> tuple[Trajectory, Tensor, dict[str, Tensor]]:
+        """Trajectories, rewards [B] and their components, batch by batch."""
+        meter, size = self.context.meter, self.config.sample_batch_size
+        storage = getattr(torch, self.config.storage_dtype)
+        parts, scores = [], []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            with meter.phase("sampling"), torch.no_grad():
+                conditioning = self.denoiser.encode_prompts(prompts[rows])
+                steps = rollout(self.denoiser, conditioning, self.sampler, seeds[rows], storage_dtype=storage)
+                parts.append(Trajectory.collect(self.sampler, steps))
+                pictures = self.denoiser.decode(parts[-1].final)
+            with meter.phase("reward"):
+                scores.append(self.reward(pictures, prompts[rows]))
+        components = {
+            label: torch.cat([score.components[label] for score in scores]) for label in self.reward.labels
+        }
+        total = torch.cat([score.total for score in scores]).to(self.denoiser.device)
+        return Trajectory.concatenate(parts), total, components
 
     def _advantages(self, rewards: Tensor, drawn: list[str]) -> Tensor:
         """Advantages [B] of this process, from the rewards of all."""
@@ -125,7 +130,9 @@ class OnlineRL:
         elif config.advantage == "batch":
             advantages = batch_advantages(everyone)
         else:
-            order = [drawn[row] for rank in range(context.world) for row in range(rank, len(drawn), context.world)]
+            order = [
+                drawn[row] for rank in range(context.world) for row in range(rank, len(drawn), context.world)
+            ]
             prompts = [prompt for prompt in order for _ in range(config.group_size)]
             advantages = self.statistics.update(prompts, everyone)
         clipped = advantages.clamp(-config.advantage_clip, config.advantage_clip)
@@ -194,21 +201,25 @@ class OnlineRL:
             deviation = ((log_prob.detach() - old).exp() - 1).abs().nan_to_num(nan=torch.inf)
             if float(deviation.max()) > worst:
                 worst, worst_step = float(deviation.max()), int(steps[rows][int(deviation.argmax())])
-        self._metrics["ratio_error"] = worst
-        if worst <= self.config.clip_range / 10:
+        self.ratio_error = worst
+        allowed = self.config.clip_range / 10
+        if worst <= allowed:
+            steps_checked = len(self.trainable_steps)
+            self.context.say(
+                f"importance ratio is 1 to {worst:.1g} at {steps_checked} timesteps (allowed: {allowed:.1g})"
+            )
             return
         timestep = int(self.sampler.timesteps[worst_step])
         error = NumericsError(
             f"before any update, the importance ratio is off by {worst:.2g} at timestep {timestep}",
-            where=f"step {worst_step} of {len(self.sampler)}, allowed: a tenth of clip_range = "
-            f"{self.config.clip_range / 10:.2g}",
+            where=f"step {worst_step} of {len(self.sampler)}, allowed: a tenth of clip_range = {allowed:.2g}",
             why="replaying the stored steps does not give the log-probabilities that sampling gave",
             hint="use mixed_precision no or bf16 with storage_dtype float32, turn compile off, or set equal "
             "algorithm.sample_batch_size and train_batch_size; algorithm.ratio_check warn goes on regardless",
         )
         if self.config.ratio_check == "error":
             raise error
-        print(error.render().replace("error:", "warning:", 1))
+        self.context.say(error.render().replace("error:", "warning:", 1))
 
     # The loop's other questions
 

@@ -49,7 +49,9 @@ class LatentPairs:
     def _encode(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         winners, losers = [], []
         for start in range(0, len(indices), ENCODE_BATCH):
-            loaded = [self.pairs.load(i, self.denoiser.resolution) for i in indices[start : start + ENCODE_BATCH]]
+            loaded = [
+                self.pairs.load(i, self.denoiser.resolution) for i in indices[start : start + ENCODE_BATCH]
+            ]
             pictures = torch.stack([pair[0] for pair in loaded] + [pair[1] for pair in loaded])
             first, second = self.denoiser.encode_images(pictures).cpu().chunk(2)
             winners.append(first)
@@ -102,7 +104,14 @@ class DPO:
         )
 
     def _collate(
-        self, source: LatentPairs, indices: list[int], x0_w: Tensor, x0_l: Tensor, noise: Tensor, t: Tensor, weight: float
+        self,
+        source: LatentPairs,
+        indices: list[int],
+        x0_w: Tensor,
+        x0_l: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        weight: float,
     ) -> PairBatch:
         device = self.denoiser.device
         prompts = [source.pairs.prompt(i) for i in indices]
@@ -123,9 +132,7 @@ class DPO:
         err_w, err_l = self._errors(batch)
         with torch.no_grad(), self.denoiser.reference():
             ref_w, ref_l = self._errors(batch)
-        return diffusion_dpo(
-            err_w, err_l, ref_w, ref_l, beta=self.config.beta, probability=batch.probability
-        )
+        return diffusion_dpo(err_w, err_l, ref_w, ref_l, beta=self.config.beta, probability=batch.probability)
 
     def metrics(self) -> dict[str, float]:
         return {}

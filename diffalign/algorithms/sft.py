@@ -74,7 +74,9 @@ class SFT:
         if config.noise_offset:
             noise = noise + config.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=draw)
         dropped = torch.rand(len(x0), generator=draw) < config.caption_dropout
-        captions = ["" if drop else self.images.caption(i) for i, drop in zip(indices, dropped.tolist(), strict=True)]
+        captions = [
+            "" if drop else self.images.caption(i) for i, drop in zip(indices, dropped.tolist(), strict=True)
+        ]
         context.meter.count("training_pictures", len(indices))
         device = self.denoiser.device
         return SFTBatch(x0, noise.to(device), t.to(device), captions, 1 / config.gradient_accumulation)

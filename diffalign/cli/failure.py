@@ -36,15 +36,16 @@ def _translated(error: Exception) -> DiffalignError | None:
             "out of memory",
             why=_first_line(error),
             hint="lower algorithm.train_batch_size and algorithm.sample_batch_size (ddpo), or\n"
-            "algorithm.batch_size with more gradient_accumulation (sft, dpo), or --batch-size (sample, compare);\n"
-            "set training.gradient_checkpointing true, training.mixed_precision bf16, model.vae_slicing true;\n"
-            "lower evaluation.batch_size if it happened while pictures were compared",
+            "algorithm.batch_size with more gradient_accumulation (sft, dpo), or\n"
+            "--batch-size (sample, compare), or evaluation.batch_size (before and after training);\n"
+            "set training.gradient_checkpointing true, training.mixed_precision bf16,\n"
+            "model.vae_slicing true",
         )
     if isinstance(error, OSError) and error.errno in _FULL:
         return StorageError(
             "no space left on the disk",
             where=error.filename and str(error.filename),
-            hint="free some space, or choose another --output-dir; lower training.keep_last for fewer checkpoints",
+            hint="free some space, choose another --output-dir, or lower training.keep_last",
         )
     if isinstance(error, OSError) and error.errno in _DENIED:
         return StorageError(

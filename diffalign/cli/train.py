@@ -51,9 +51,11 @@ def run(args: Args, overrides: Sequence[str]) -> None:
             why="the default output folder is a new one for each run",
             hint="add --output-dir with the folder of the run to continue",
         )
+    from diffalign.cli.summary import print_summary
     from diffalign.training.run import align
 
-    align(config, args.output_dir or default_output_dir(args.config), resume=args.resume)
+    folder = args.output_dir or default_output_dir(args.config)
+    print_summary(align(config, folder, resume=args.resume), folder)
 
 
 def default_output_dir(config: str) -> Path:

@@ -61,7 +61,9 @@ class Denoiser(ABC):
         """Encode B prompts; too long ones are truncated before the end token."""
 
     @abstractmethod
-    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0) -> Tensor:
+    def predict(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
         """The network's output for x [B, C, H, W] at t [B], guided: uncond + w (cond - uncond). Float32.
 
         Condition and no-condition go through the network in one pass; w = 1 skips the latter.

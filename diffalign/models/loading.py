@@ -177,7 +177,9 @@ def _check_folder(path: Path, config: ModelConfig) -> None:
         raise CheckpointError(
             f"{config.path} has no safetensors weights for its {part}",
             where=str(path / part),
-            why="only pickle files are there, and those can run code" if pickled else "the weights are missing",
+            why="only pickle files are there, and those can run code"
+            if pickled
+            else "the weights are missing",
             hint="save the pipeline again with save_pretrained(folder, safe_serialization=True)",
         )
 
@@ -203,7 +205,8 @@ def _load_folder(path: str, config: ModelConfig) -> StableDiffusionPipeline:
 def _load_single_file(path: Path, config: ModelConfig) -> StableDiffusionPipeline:
     if path.suffix != ".safetensors":
         raise CheckpointError(
-            f"{config.path} is not a .safetensors file", hint="give a diffusers folder, a hub id or a .safetensors file"
+            f"{config.path} is not a .safetensors file",
+            hint="give a diffusers folder, a hub id or a .safetensors file",
         )
     options = dict(_LOAD_OPTIONS)
     options.pop("feature_extractor")
@@ -228,7 +231,8 @@ def _load_hub(config: ModelConfig) -> StableDiffusionPipeline:
     except Exception as error:
         raise CheckpointError(
             f"{config.path} is neither a local path nor a hub model that can be read",
-            where=f"model.path = {config.path}" + (f", revision {config.revision}" if config.revision else ""),
+            where=f"model.path = {config.path}"
+            + (f", revision {config.revision}" if config.revision else ""),
             why=_first_line(error),
             hint="check the spelling and the network; a gated model needs `hf auth login`",
         ) from error
@@ -244,5 +248,3 @@ def _load_hub(config: ModelConfig) -> StableDiffusionPipeline:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
-
-

@@ -6,6 +6,7 @@ The adapter starts as the identity (B = 0), so a fresh policy equals its referen
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -21,7 +22,7 @@ from diffalign.seeding import derive_seed
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def add_lora(network: nn.Module, config: LoRAConfig, targets: list[str], seed: int) -> None:
+def add_lora(network: Any, config: LoRAConfig, targets: list[str], seed: int) -> None:
     """Add a trainable float32 adapter to every module whose name ends in one of `targets`.
 
     Raises:
@@ -30,10 +31,14 @@ def add_lora(network: nn.Module, config: LoRAConfig, targets: list[str], seed: i
     kinds = (nn.Linear, nn.Conv2d)
     linear = sorted({name.split(".", 1)[-1] for name, m in network.named_modules() if isinstance(m, kinds)})
     matched = [
-        name for name, _ in network.named_modules() if any(name == t or name.endswith("." + t) for t in targets)
+        name
+        for name, _ in network.named_modules()
+        if any(name == t or name.endswith("." + t) for t in targets)
     ]
     if not matched:
-        endings = sorted({name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()})
+        endings = sorted(
+            {name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()}
+        )
         raise ConfigError(
             f"model.lora.target_modules: no module of {type(network).__name__} matches {', '.join(targets)}",
             why="an adapter that matches nothing would train nothing",
@@ -61,6 +66,6 @@ def export_lora(folder: Path, unet: nn.Module, text_encoder: nn.Module | None) -
     )
 
 
-def _adapter(network: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+def _adapter(network: Any) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
     return layers, network.peft_config["default"].to_dict()

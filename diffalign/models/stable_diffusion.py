@@ -170,7 +170,9 @@ class StableDiffusion(Denoiser):
         with self._autocast():
             return self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
 
-    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0) -> Tensor:
+    def predict(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
         t = t.to(self.device).expand(len(x))
         embeddings = conditioning.embeddings
         if guidance_scale == 1.0:

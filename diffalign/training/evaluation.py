@@ -69,7 +69,9 @@ def evaluate(
 
         with meter.phase("evaluation"):
             pictures = generate(denoiser, prompts, seeds, config.sampler, config.batch_size, report)
-            scores = {label: values.tolist() for label, values in reward(pictures, prompts).components.items()}
+            scores = {
+                label: values.tolist() for label, values in reward(pictures, prompts).components.items()
+            }
         finished += len(prompts)
         results[set_name] = SetScores(prompts, seeds, scores)
         shown = folder / name

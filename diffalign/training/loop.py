@@ -164,7 +164,7 @@ def require_finite(out: LossOutput, iteration: int, precision: str) -> None:
     for name, value in {"loss": out.loss, **out.metrics}.items():
         if not bool(torch.isfinite(value).all()):
             raise NumericsError(
-                f"{name} is {float(value):g}",
+                f"{name} is {float(value.detach()):g}",
                 where=f"iteration {iteration}, precision {precision}",
                 hint="the weights have not changed; resume from the last checkpoint with a lower "
                 "training.learning_rate, or mixed_precision bf16 or no",

@@ -28,7 +28,11 @@ class GradientStep:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], config: TrainingConfig, device: torch.device
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        config: TrainingConfig,
+        device: torch.device,
     ) -> None:
         self.optimizer, self.parameters, self.config = optimizer, parameters, config
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")

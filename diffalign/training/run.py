@@ -79,8 +79,8 @@ class _Run:
             self.progress.begin("preparing", 1)
             algorithm = build_algorithm(config, denoiser, reward, self._context())
             if processes.is_main:
-                self.folder.open(config, resume=self.resume)
                 self.folder.require_space(_space_needed(config, denoiser))
+                self.folder.open(config, resume=self.resume)
             processes.wait()
             denoiser.keep_reference()
             denoiser.prepare_training(
@@ -103,7 +103,7 @@ class _Run:
     def _context(self) -> Context:
         processes = self.processes
         return Context(
-            self.config.seed, processes.rank, processes.world, processes.gather, self.meter
+            self.config.seed, processes.rank, processes.world, processes.gather, self.meter, self.progress.say
         )
 
     def _say_what_trains(self, denoiser: StableDiffusion) -> None:
@@ -149,15 +149,15 @@ class _Run:
             return
         few = self.config.evaluation.model_copy(update={"prompts_per_set": 4, "seeds_per_prompt": 1})
         folder = self.folder.samples / f"iteration-{iteration}"
-        stages = {}
-        for name, model in (("before", denoiser.reference()), ("after", None)):
-            options = {"seed": self.config.seed, "name": name, "folder": folder, "meter": self.meter}
-            if model is None:
-                stages[name] = evaluate(denoiser, few, reward, **options)
-            else:
-                with model:
-                    stages[name] = evaluate(denoiser, few, reward, **options)
-        write_grid(stages["before"], stages["after"], reward.labels[0], folder, 1)
+
+        def sampled(name: str) -> Evaluation:
+            return evaluate(
+                denoiser, few, reward, seed=self.config.seed, name=name, folder=folder, meter=self.meter
+            )
+
+        with denoiser.reference():
+            before = sampled("before")
+        write_grid(before, sampled("after"), reward.labels[0], folder, seeds_per_prompt=1)
 
     def _evaluate(self, denoiser: StableDiffusion, reward: RewardMixture | None, name: str) -> Evaluation:
         config = self.config.evaluation
@@ -197,7 +197,9 @@ class _Run:
         self.folder.drop_metrics_after(trainer.iteration)
         self.progress.say(f"resumed after iteration {trainer.iteration} from {checkpoints[-1]}")
 
-    def _summarise(self, before: Evaluation, after: Evaluation, reward: RewardMixture | None) -> dict[str, Any]:
+    def _summarise(
+        self, before: Evaluation, after: Evaluation, reward: RewardMixture | None
+    ) -> dict[str, Any]:
         config = self.config
         summary = {
             "algorithm": config.algorithm.name,
@@ -225,7 +227,9 @@ class _Run:
                     config.evaluation.seeds_per_prompt,
                 )
             write_atomically(self.folder.summary, json.dumps(summary, indent=1))
-            self.progress.say(f"finished: {self.folder.path} (final/ holds the result, summary.json the figures)")
+            self.progress.say(
+                f"finished: {self.folder.path} (final/ holds the result, summary.json the figures)"
+            )
         return summary
 
 
@@ -236,9 +240,7 @@ def build_algorithm(
     match config:
         case SFTRun():
             images = CaptionedImages(config.data)
-            return SFT(
-                config.algorithm, denoiser, images, context, cache_latents=config.data.cache_latents
-            )
+            return SFT(config.algorithm, denoiser, images, context, cache_latents=config.data.cache_latents)
         case DPORun():
             pairs = PreferencePairs(config.data, config.algorithm.ties)
             return DPO(config.algorithm, denoiser, pairs, context, cache_latents=config.data.cache_latents)

@@ -46,7 +46,10 @@ class RunFolder:
             write_atomically(self.config, text)
         except OSError as error:
             raise StorageError(
-                "cannot create the run's folder", where=str(self.path), why=str(error), hint="choose another --output-dir"
+                "cannot create the run's folder",
+                where=str(self.path),
+                why=str(error),
+                hint="choose another --output-dir",
             ) from error
 
     def _check_same_config(self, text: str) -> None:
@@ -69,12 +72,15 @@ class RunFolder:
 
     def require_space(self, needed: int) -> None:
         """Raise StorageError unless `needed` bytes are free where the run is written."""
-        free = shutil.disk_usage(self.path).free
+        place = self.path.resolve()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
         if free < needed:
             raise StorageError(
                 f"not enough disk space for this run: {_gigabytes(needed)} needed, {_gigabytes(free)} free",
                 where=str(self.path.resolve()),
-                why="checkpoints hold the trainable weights, two optimizer moments and the average, and final/ the result",
+                why="a checkpoint holds the trainable weights, two moments each and their average; final/ the result",
                 hint="free some space, lower training.keep_last, or choose an --output-dir on another disk",
             )
 

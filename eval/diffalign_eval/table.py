@@ -169,7 +169,10 @@ def _verdict(low: float, high: float, nothing: float, higher_is_better: bool) ->
 
 
 def _rich(cells: _Cells, title: str | None, *, sections: bool = False) -> Table:
-    """Numbers never wrap, names may; `sections` turns the first column into headings and saves its width."""
+    """Names fold where it gets narrow, numbers do not; one that is cut nevertheless ends in an ellipsis.
+
+    `sections` turns the first column into headings, which saves its width.
+    """
     table = Table(
         title=title,
         title_justify="left",
@@ -181,9 +184,9 @@ def _rich(cells: _Cells, title: str | None, *, sections: bool = False) -> Table:
     )
     for index, name in enumerate(cells.header[sections:], start=sections):
         if index < _NUMBERS_FROM:
-            table.add_column(Text(name), overflow="fold", min_width=min(len(name), 8))
+            table.add_column(Text(name), overflow="fold")
         else:
-            table.add_column(Text(name), justify="right", no_wrap=True)
+            table.add_column(Text(name), justify="right", no_wrap=True, overflow="ellipsis")
     for row in cells.rows:
         if sections and row[0].text:
             table.add_row(Text(row[0].text, style="bold"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from diffalign_eval.compare import Comparison, compare, is_comparison
-from diffalign_eval.statistics import Interval, WinRate, paired_difference
+from diffalign_eval.statistics import Interval, WinRate, mean_interval, paired_difference
 from PIL import Image
 
 from diffalign.cli import main
@@ -166,9 +166,11 @@ def test_progress_is_told_after_every_batch(setting: Setting):
 
 
 def test_a_prompt_that_comes_twice_is_one_cluster(setting: Setting):
-    (result,) = setting.compare(prompts=["same", "same"], seeds_per_prompt=1).results
-    assert read(setting.output_dir / "comparison.json")["prompts"] == 1
-    assert result.means["base"].n == 2
+    prompts = ["same", "same", "other"]
+    comparison = setting.compare(prompts=prompts, seeds_per_prompt=1)
+    scores = comparison.scores["brightness"]["base"]
+    assert comparison.results[0].means["base"] == mean_interval(scores, prompts) != mean_interval(scores)
+    assert read(setting.output_dir / "comparison.json")["prompts"] == 2
 
 
 def test_one_picture_gives_a_difference_without_an_interval(setting: Setting):

@@ -60,16 +60,19 @@ def test_captions_stay_over_their_own_column():
     assert changed.max() <= right + 3
 
 
-def test_scores_are_printed_under_their_pictures():
+def test_scores_are_printed_between_their_pictures_and_the_next_row():
     rows = two_rows()
-    one = np.asarray(picture_grid(rows, CAPTIONS, {"before": [1.5, 2.5, 3.5], "after": [1.5, 2.5, 3.5]}))
-    other = np.asarray(picture_grid(rows, CAPTIONS, {"before": [1.5, 2.5, 3.5], "after": [1.5, 8.5, 3.5]}))
-    changed_rows, changed_columns = np.nonzero((one != other).any(axis=-1))
-    left, _, right, bottom = box(Image.fromarray(one), COLOURS[1, 1])
-    assert changed_rows.size
-    assert bottom < changed_rows.min()
-    assert left < changed_columns.min()
-    assert changed_columns.max() < right
+    scores = {"before": [1.5, 2.5, 3.5], "after": [1.5, 2.5, 3.5]}
+    plain_grid = np.asarray(picture_grid(rows, CAPTIONS, scores))
+    boxes = {place: box(Image.fromarray(plain_grid), colour) for place, colour in COLOURS.items()}
+    below = {"before": boxes[1, 1][1], "after": plain_grid.shape[0]}
+    for row, name in enumerate(rows):
+        changed = picture_grid(rows, CAPTIONS, scores | {name: [1.5, 8.5, 3.5]})
+        ys, xs = np.nonzero((plain_grid != np.asarray(changed)).any(axis=-1))
+        left, _, right, bottom = boxes[row, 1]
+        assert ys.size
+        assert bottom < ys.min() <= ys.max() < below[name] - 8
+        assert left < xs.min() <= xs.max() < right
 
 
 def test_the_grid_is_the_same_every_time_and_keeps_a_margin():

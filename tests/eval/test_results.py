@@ -24,10 +24,11 @@ def test_every_two_checkpoints_are_compared_in_the_order_given():
 
 
 def test_the_prompts_are_the_clusters():
-    scores = [0.0, 0.0, 1.0, 1.0]  # two prompts, so only the means 0, 1/2 and 1 can be drawn
-    result = summarise("r", {"base": [0.0] * 4, "tuned": scores}, PROMPTS)
-    assert result.means["tuned"] == Interval(0.5, 0.0, 1.0, 4)
-    assert result.pairs[0].difference == Interval(0.5, 0.0, 1.0, 4)
+    prompts = ["a"] * 8 + ["b"] * 8  # two prompts, so only the means 0, 1/2 and 1 can be drawn
+    result = summarise("r", {"base": [0.0] * 16, "tuned": [0.0] * 8 + [1.0] * 8}, prompts)
+    assert result.means["tuned"] == Interval(0.5, 0.0, 1.0, 16)
+    assert result.pairs[0].difference == Interval(0.5, 0.0, 1.0, 16)
+    assert (result.pairs[0].win_rate.low, result.pairs[0].win_rate.high) == (0.5, 1.0)  # all ties or all wins
 
 
 def test_where_lower_is_better_a_fall_wins_and_the_difference_keeps_its_sign():

@@ -56,11 +56,12 @@ def test_a_tie_has_no_gradient_at_the_reference():
 
 def test_beta_in_mean_units_is_the_papers_divided_by_the_number_of_elements():
     elements, beta_sum = 16, 3.0
-    w, l, rw, rl = (torch.rand(4) for _ in range(4))
-    sums = [elements * e for e in (w, l, rw, rl)]
+    w, lose, rw, rl = (torch.rand(4) for _ in range(4))
+    sums = [elements * e for e in (w, lose, rw, rl)]
     # the paper's loss on summed errors with beta_sum equals ours on means with elements * beta_sum
     assert_close(
-        diffusion_dpo(*sums, beta=beta_sum).loss, diffusion_dpo(w, l, rw, rl, beta=elements * beta_sum).loss
+        diffusion_dpo(*sums, beta=beta_sum).loss,
+        diffusion_dpo(w, lose, rw, rl, beta=elements * beta_sum).loss,
     )
 
 

@@ -30,7 +30,7 @@ def test_a_path_that_does_not_exist(tmp_path):
 
 
 def test_a_hub_id_that_cannot_be_read(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = refusal("nobody/nothing-of-this-name", revision="v9")
     assert "neither a local path nor a hub model" in text
     assert "revision v9" in text

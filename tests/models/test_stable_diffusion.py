@@ -158,9 +158,7 @@ def test_more_steps_than_timesteps_are_refused(make_denoiser):
 def test_zero_terminal_snr_needs_v_prediction(tiny_pipeline_dir):
     with pytest.raises(ConfigError, match="epsilon-prediction checkpoint cannot"):
         load_denoiser(ModelConfig(path=str(tiny_pipeline_dir), zero_terminal_snr=True))
-    config = ModelConfig(
-        path=str(tiny_pipeline_dir), zero_terminal_snr=True, prediction_type="v_prediction"
-    )
+    config = ModelConfig(path=str(tiny_pipeline_dir), zero_terminal_snr=True, prediction_type="v_prediction")
     denoiser = load_denoiser(config)
     assert float(denoiser.schedule.alphas_cumprod[-1]) == 0
     assert int(denoiser.make_sampler(SamplerConfig(steps=5)).timesteps[0]) == 999

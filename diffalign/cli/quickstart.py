@@ -1,0 +1,39 @@
+"""Align the bundled checkpoint by DDPO in a few minutes on two CPU cores, and see what it gained.
+
+The checkpoint draws small scenes of coloured shapes; a verifier checks each picture exactly, so that the gain on
+prompts it never trained on is known and not guessed.
+
+examples:
+  diffalign quickstart
+  diffalign quickstart --output-dir runs/first
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from diffalign.config_file import load_config
+
+CONFIG = "tiny/ddpo"
+
+
+@dataclass(frozen=True)
+class Args:
+    output_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("quickstart")
+    """Where the run goes; it must not hold an earlier one."""
+
+
+def run(args: Args) -> None:
+    """Trains as the shipped tiny/ddpo says, then prints the comparison.
+
+    Raises:
+        ConfigError: the folder is taken.
+    """
+    from diffalign.cli.summary import print_summary
+    from diffalign.training.run import align
+
+    print_summary(align(load_config(CONFIG), args.output_dir), args.output_dir)

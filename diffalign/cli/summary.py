@@ -1,0 +1,44 @@
+"""The end of a run as the terminal shows it."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Before and after, with intervals; then where the pictures and the result are."""
+    console = Console()
+    statistics = importlib.import_module("diffalign_eval.statistics")
+    table = importlib.import_module("diffalign_eval.table")
+    rows = [
+        table.ChangeRow(
+            metric=label,
+            prompts=set_name,
+            before=result["before"]["mean"],
+            after=result["after"]["mean"],
+            change=statistics.Interval(**_finite(result["change"])),
+            percent=label.endswith("accuracy"),
+        )
+        for set_name, rewards in summary["results"].items()
+        for label, result in rewards.items()
+    ]
+    if rows:
+        console.print(table.before_after_table(rows, "same prompts, same seeds, before and after"))
+        console.print(f"pictures   {folder / 'samples' / 'before-after.png'}", highlight=False)
+    minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
+    console.print(f"result     {folder / 'final'}", highlight=False)
+    console.print(
+        f"cost       {minutes} min {seconds} s, {summary['counts'].get('sampled_pictures', 0):,} pictures sampled, "
+        f"{summary['peak_memory_bytes'] / 1e9:.1f} GB peak memory",
+        highlight=False,
+    )
+
+
+def _finite(interval: dict[str, float | None]) -> dict[str, float]:
+    """JSON's null bounds as infinities."""
+    infinite = {"low": float("-inf"), "high": float("inf")}
+    return {key: infinite[key] if value is None else value for key, value in interval.items()}
