@@ -19,7 +19,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffalign.algorithms.base import Context
+from diffalign.algorithms.base import Algorithm, Context
 from diffalign.config import (
     AnyRun,
     DDPOConfig,
@@ -107,14 +107,13 @@ def make_denoiser(pipeline: StableDiffusionPipeline, lora: LoRAConfig | None) ->
     return StableDiffusion(pipeline, config, device=torch.device("cpu"), trainable=True)
 
 
-def one_step(config: AnyRun, denoiser: StableDiffusion) -> dict[str, float]:
-    """Run one iteration and return its metrics; the weights must have changed."""
+def one_step(config: AnyRun, denoiser: StableDiffusion) -> tuple[Algorithm, dict[str, float]]:
+    """Run one iteration, which must change the weights; the algorithm and its metrics."""
     reward = RewardMixture(config.rewards) if config.rewards else None
     processes = Processes("cpu")
-    algorithm = build_algorithm(config, denoiser, reward, Context())
-    trainer = Trainer(
-        algorithm, denoiser.trainable_parameters(), config.training, processes, algorithm.context.meter
-    )
+    context = Context()
+    algorithm = build_algorithm(config, denoiser, reward, context)
+    trainer = Trainer(algorithm, denoiser.trainable_parameters(), config.training, processes, context.meter)
     watched = {name: p for name, p in trainer.parameters.items() if p.numel() < 1_000_000}
     before = {name: p.detach().clone() for name, p in watched.items()}
     collected: dict[str, float] = {}
@@ -126,7 +125,7 @@ def one_step(config: AnyRun, denoiser: StableDiffusion) -> dict[str, float]:
     assert all(math.isfinite(value) for value in collected.values()), collected
     assert collected["train/grad_norm"] > 0
     print(f"{config.algorithm.name}: peak {peak_gb():.1f} GB so far, {collected}")
-    return collected
+    return algorithm, collected
 
 
 def sft_run(data: Path, lora: LoRAConfig | None) -> SFTRun:
@@ -148,7 +147,8 @@ def test_lora_goes_through_one_step_of_sft_dpo_and_ddpo(pipeline, data):
         data=PairsConfig(path=str(data / "pairs.jsonl"), validation_fraction=0.0),
         training=TRAINING,
     )
-    assert abs(one_step(dpo, denoiser)["train/loss"] - math.log(2)) < 1e-6
+    _, metrics = one_step(dpo, denoiser)
+    assert abs(metrics["train/loss"] - math.log(2)) < 1e-6
 
     one_step(sft_run(data, lora), denoiser)
 
@@ -161,11 +161,12 @@ def test_lora_goes_through_one_step_of_sft_dpo_and_ddpo(pipeline, data):
             train_batch_size=2,
         ),
         data=PromptsConfig(path=str(data / "prompts.txt")),
-        sampler=SamplerConfig(steps=3),
+        sampler=SamplerConfig(steps=2),
         rewards=[RewardConfig(name="jpeg_compressibility")],
         training=TRAINING,
     )
-    assert one_step(ddpo, denoiser)["ratio_error"] <= ddpo.algorithm.clip_range / 10
+    algorithm, _ = one_step(ddpo, denoiser)
+    assert algorithm.ratio_error <= ddpo.algorithm.clip_range / 10
     assert peak_gb() < PEAK_LIMIT_GB
 
 

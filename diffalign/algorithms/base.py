@@ -92,6 +92,7 @@ class Context:
     Args:
         seed: the run's seed.
         rank, world: this process and how many there are.
+        device: where tensors must be to be gathered.
         gather: concatenates a tensor over all processes, in rank order.
         meter: where it reports its phases.
         say: shows the user a line.
@@ -100,6 +101,7 @@ class Context:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gather: Callable[[Tensor], Tensor] = _alone
     meter: Meter = field(default_factory=Meter)
     say: Callable[[str], None] = print

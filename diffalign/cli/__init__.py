@@ -84,8 +84,13 @@ def _guarded(command: str, words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from diffalign.cli.failure import report
+        import time
 
+        from diffalign.cli.failure import report
+        from diffalign.cli.processes import is_first_process
+
+        if not is_first_process():
+            time.sleep(10)  # when all fail alike, the first one's screen is enough: it ends the others
         return report(error)
     return 0
 

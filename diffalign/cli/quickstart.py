@@ -10,15 +10,19 @@ examples:
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from diffalign.cli.processes import relaunch
 from diffalign.config_file import load_config
 
 CONFIG = "tiny/ddpo"
+CPU_PROCESSES = 2
+"""Processes on a machine without a GPU: the model is too small for threads to share the work of one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ def run(args: Args) -> None:
     Raises:
         ConfigError: the folder is taken.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        processes = min(CPU_PROCESSES, os.cpu_count() or 1)
+        relaunch(processes, ["quickstart", "--output-dir", str(args.output_dir)])
+
     from diffalign.cli.summary import print_summary
     from diffalign.training.run import align
 

@@ -8,9 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
+from diffalign.cli.processes import is_first_process
+
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     """Before and after, with intervals; then where the pictures and the result are."""
+    if not is_first_process():
+        return
     console = Console()
     statistics = importlib.import_module("diffalign_eval.statistics")
     table = importlib.import_module("diffalign_eval.table")

@@ -22,6 +22,7 @@ from typing import Annotated
 
 import tyro
 
+from diffalign.cli.processes import relaunch
 from diffalign.config_file import load_config
 from diffalign.errors import ConfigError
 
@@ -36,6 +37,9 @@ class Args:
     """Where results go. Default: runs/CONFIG-TIME."""
     resume: bool = False
     """Continue from the newest checkpoint in the output folder."""
+    processes: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Processes on this machine (one per GPU, or per CPU core for a tiny model). For several machines use
+    accelerate launch."""
 
 
 def run(args: Args, overrides: Sequence[str]) -> None:
@@ -51,10 +55,15 @@ def run(args: Args, overrides: Sequence[str]) -> None:
             why="the default output folder is a new one for each run",
             hint="add --output-dir with the folder of the run to continue",
         )
+    if args.processes < 1:
+        raise ConfigError(f"--processes must be 1 or more, not {args.processes}")
+    folder = args.output_dir or default_output_dir(args.config)
+    again = ["train", args.config, "--output-dir", str(folder), *(["--resume"] if args.resume else [])]
+    relaunch(args.processes, [*again, *overrides])
+
     from diffalign.cli.summary import print_summary
     from diffalign.training.run import align
 
-    folder = args.output_dir or default_output_dir(args.config)
     print_summary(align(config, folder, resume=args.resume), folder)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from diffalign.algorithms.base import Meter
+from diffalign.algorithms.base import Context
 from diffalign.config import EvaluationConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.images import open_image, to_pil
@@ -44,44 +45,65 @@ def evaluate(
     denoiser: Denoiser,
     config: EvaluationConfig,
     reward: RewardMixture,
+    context: Context,
     *,
-    seed: int,
     name: str,
     folder: Path,
-    meter: Meter,
     on_pictures: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Sample and score every set; writes `<folder>/<name>.json` and the first pictures in `<folder>/<name>/`.
 
-    Picture i of a set has the seed derived from (seed, "evaluation", set, i), before and after alike.
-    `on_pictures` is told how many pictures, over all sets, are finished.
+    Picture i of a set has the seed derived from (seed, "evaluation", set, i), before and after alike. Processes
+    share the pictures and all return all scores. `on_pictures` is told how many pictures of this process are done.
     """
     results: Evaluation = {}
+    shown_folder = folder / name
+    shown_folder.mkdir(parents=True, exist_ok=True)
     finished = 0
     for set_name, path in config.sets.items():
         loaded = load_prompts(path, config.prompts_per_set)
         prompts = [prompt for prompt in loaded for _ in range(config.seeds_per_prompt)]
-        seeds = [derive_seed(seed, "evaluation", set_name, i) for i in range(len(prompts))]
+        seeds = [derive_seed(context.seed, "evaluation", set_name, i) for i in range(len(prompts))]
+        rows = _my_rows(len(prompts), context)
 
         def report(done: int, offset: int = finished) -> None:
             if on_pictures is not None:
                 on_pictures(offset + done)
 
-        with meter.phase("evaluation"):
-            pictures = generate(denoiser, prompts, seeds, config.sampler, config.batch_size, report)
-            scores = {
-                label: values.tolist() for label, values in reward(pictures, prompts).components.items()
-            }
-        finished += len(prompts)
+        with context.meter.phase("evaluation"):
+            mine = [prompts[row] for row in rows]
+            pictures = generate(
+                denoiser, mine, [seeds[row] for row in rows], config.sampler, config.batch_size, report
+            )
+            components = reward(pictures, mine).components
+        finished += len(rows)
+        scores = {label: _merge(values, len(prompts), context) for label, values in components.items()}
         results[set_name] = SetScores(prompts, seeds, scores)
-        shown = folder / name
-        shown.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(to_pil(pictures[:: config.seeds_per_prompt][:SHOWN_PER_SET])):
-            picture.save(shown / f"{set_name}-{i}.png")
-    write_atomically(
-        folder / f"{name}.json", json.dumps({key: asdict(value) for key, value in results.items()})
-    )
+        shown = _shown(len(prompts), config.seeds_per_prompt)
+        for row, picture in zip(rows, pictures, strict=True):
+            if row in shown:
+                to_pil(picture[None])[0].save(shown_folder / f"{set_name}-{shown.index(row)}.png")
+    if context.rank == 0:
+        text = json.dumps({key: asdict(value) for key, value in results.items()})
+        write_atomically(folder / f"{name}.json", text)
     return results
+
+
+def _shown(count: int, seeds_per_prompt: int) -> range:
+    """The pictures of a set that are kept: the first of each of the first prompts."""
+    return range(0, min(count, SHOWN_PER_SET * seeds_per_prompt), seeds_per_prompt)
+
+
+def _my_rows(count: int, context: Context) -> list[int]:
+    """Every world-th picture; the last is repeated so that all processes have equally many."""
+    padded = -(-count // context.world) * context.world
+    return [min(row, count - 1) for row in range(context.rank, padded, context.world)]
+
+
+def _merge(values: Tensor, count: int, context: Context) -> list[float]:
+    """All processes' scores in the order of the pictures."""
+    everyone = context.gather(values.to(context.device))
+    return everyone.view(context.world, -1).T.flatten()[:count].tolist()
 
 
 def read_evaluation(file: Path) -> Evaluation:
@@ -109,23 +131,18 @@ def compare_before_after(before: Evaluation, after: Evaluation) -> dict[str, dic
 
 def write_grid(
     before: Evaluation, after: Evaluation, label: str, folder: Path, seeds_per_prompt: int
-) -> Path | None:
+) -> None:
     """`<folder>/before-after.png`: the first pictures of every set, with the score `label` under each."""
     grid = importlib.import_module("diffalign_eval.grid")
     rows: dict[str, list[Image.Image]] = {"before": [], "after": []}
     scores: dict[str, list[float]] = {"before": [], "after": []}
     captions: list[str] = []
     for set_name, first in before.items():
-        stride = seeds_per_prompt
-        shown = range(0, min(len(first.prompts), SHOWN_PER_SET * stride), stride)
+        shown = _shown(len(first.prompts), seeds_per_prompt)
         captions += [first.prompts[i] for i in shown]
         for row, evaluation in (("before", before), ("after", after)):
             for k, i in enumerate(shown):
                 file = folder / row / f"{set_name}-{k}.png"
                 rows[row].append(open_image(file, str(file)))
                 scores[row].append(evaluation[set_name].scores[label][i])
-    if not captions:
-        return None
-    file = folder / "before-after.png"
-    grid.picture_grid(rows, captions, scores, score_name=label).save(file)
-    return file
+    grid.picture_grid(rows, captions, scores, score_name=label).save(folder / "before-after.png")

@@ -59,6 +59,15 @@ class _Run:
         self.folder = RunFolder(output_dir)
         self.progress = RunProgress(enabled=self.processes.is_main)
         self.meter = Meter(self.processes.device, self.progress.phase)
+        self.context = Context(
+            config.seed,
+            self.processes.rank,
+            self.processes.world,
+            self.processes.device,
+            self.processes.gather,
+            self.meter,
+            self.progress.say,
+        )
         self.started = time.monotonic()
 
     def execute(self) -> dict[str, Any]:
@@ -77,7 +86,7 @@ class _Run:
             load_prompts(path, config.evaluation.prompts_per_set)
         with self.progress:
             self.progress.begin("preparing", 1)
-            algorithm = build_algorithm(config, denoiser, reward, self._context())
+            algorithm = build_algorithm(config, denoiser, reward, self.context)
             if processes.is_main:
                 self.folder.require_space(_space_needed(config, denoiser))
                 self.folder.open(config, resume=self.resume)
@@ -99,12 +108,6 @@ class _Run:
                 if processes.is_main:
                     denoiser.export(self.folder.final)
             return self._summarise(before, after, reward)
-
-    def _context(self) -> Context:
-        processes = self.processes
-        return Context(
-            self.config.seed, processes.rank, processes.world, processes.gather, self.meter, self.progress.say
-        )
 
     def _say_what_trains(self, denoiser: StableDiffusion) -> None:
         count = sum(p.numel() for p in denoiser.trainable_parameters().values())
@@ -145,19 +148,17 @@ class _Run:
 
     def _preview(self, denoiser: StableDiffusion, reward: RewardMixture | None, iteration: int) -> None:
         """A grid of the evaluation sets' first prompts beside the same prompts and seeds before training."""
-        if reward is None or not self.processes.is_main:
+        if reward is None:
             return
         few = self.config.evaluation.model_copy(update={"prompts_per_set": 4, "seeds_per_prompt": 1})
         folder = self.folder.samples / f"iteration-{iteration}"
 
-        def sampled(name: str) -> Evaluation:
-            return evaluate(
-                denoiser, few, reward, seed=self.config.seed, name=name, folder=folder, meter=self.meter
-            )
-
         with denoiser.reference():
-            before = sampled("before")
-        write_grid(before, sampled("after"), reward.labels[0], folder, seeds_per_prompt=1)
+            before = evaluate(denoiser, few, reward, self.context, name="before", folder=folder)
+        after = evaluate(denoiser, few, reward, self.context, name="after", folder=folder)
+        self.processes.wait()
+        if self.processes.is_main:
+            write_grid(before, after, reward.labels[0], folder, seeds_per_prompt=1)
 
     def _evaluate(self, denoiser: StableDiffusion, reward: RewardMixture | None, name: str) -> Evaluation:
         config = self.config.evaluation
@@ -166,16 +167,15 @@ class _Run:
             return {}
         if self.resume and name == "before" and stored.is_file():
             return read_evaluation(stored)
-        per_set = config.prompts_per_set * config.seeds_per_prompt
-        self.progress.begin(f"evaluation {name}", per_set * len(config.sets))
+        pictures = len(config.sets) * config.prompts_per_set * config.seeds_per_prompt
+        self.progress.begin(f"evaluation {name}", -(-pictures // self.processes.world))
         result = evaluate(
             denoiser,
             config,
             reward,
-            seed=self.config.seed,
+            self.context,
             name=name,
             folder=self.folder.samples,
-            meter=self.meter,
             on_pictures=self.progress.advance,
         )
         self.processes.wait()

@@ -53,7 +53,7 @@ def test_the_first_loss_is_ln_2(pairs_file, make_denoiser, precision, full, text
     denoiser = make_denoiser(full=full, mixed_precision=precision, train_text_encoder=text_encoder)
     algorithm = make(pairs_file, denoiser)
     out = algorithm.loss(first_batch(algorithm))
-    assert abs(float(out.loss) - math.log(2)) < 1e-6
+    assert abs(float(out.loss.detach()) - math.log(2)) < 1e-6
     out.loss.backward()
     gradients = [p.grad for p in denoiser.trainable_parameters().values() if p.grad is not None]
     assert any(float(gradient.abs().max()) > 0 for gradient in gradients)
@@ -74,18 +74,17 @@ def test_both_pictures_of_a_pair_share_timestep_and_noise(pairs_file, make_denoi
     assert_close(noise_w, noise_l, atol=1e-4, rtol=1e-3)
 
 
-def test_training_lowers_the_loss_below_ln_2(pairs_file, make_denoiser):
+def test_training_on_one_batch_lowers_its_loss_below_ln_2(pairs_file, make_denoiser):
     denoiser = make_denoiser(full=True)
     algorithm = make(pairs_file, denoiser, beta=1000.0)
-    optimizer = torch.optim.Adam(denoiser.trainable_parameters().values(), lr=1e-3)
-    losses = []
-    for step in range(40):
-        out = algorithm.loss(first_batch(algorithm, step))
+    optimizer = torch.optim.Adam(denoiser.trainable_parameters().values(), lr=1e-4)
+    for _ in range(12):
+        out = algorithm.loss(first_batch(algorithm))
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        losses.append(float(out.loss.detach()))
-    assert sum(losses[-10:]) / 10 < math.log(2) - 0.02
+    assert float(out.loss.detach()) < math.log(2) - 0.05
+    assert float(out.metrics["accuracy"]) == 1.0
 
 
 def test_ties_are_left_out_or_soft(pairs_file, make_denoiser):

@@ -57,17 +57,24 @@ def setting(tiny_pipeline_dir: Path, brighter_pipeline_dir: Path, brightness: st
 
 
 @pytest.fixture(scope="module")
+def progress() -> list[tuple[str, int, int]]:
+    """What `done` told about its progress."""
+    return []
+
+
+@pytest.fixture(scope="module")
 def done(
     tiny_pipeline_dir: Path,
     brighter_pipeline_dir: Path,
     brightness: str,
+    progress: list[tuple[str, int, int]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Comparison:
     """One comparison that several tests look at: base and brighter, 3 prompts, 2 pictures each."""
     reward = RewardConfig(name=brightness, label="brightness")
     out = tmp_path_factory.mktemp("compare") / "out"
     setting = Setting(str(tiny_pipeline_dir), str(brighter_pipeline_dir), reward, out)
-    return setting.compare(base_seed=7)
+    return setting.compare(base_seed=7, batch_size=4, on_progress=lambda *news: progress.append(news))
 
 
 def read(file: Path) -> Any:
@@ -159,10 +166,8 @@ def test_the_batch_size_changes_no_score(setting: Setting, done: Comparison):
         assert scores == pytest.approx(done.scores["brightness"][name], abs=1e-4)
 
 
-def test_progress_is_told_after_every_batch(setting: Setting):
-    told: list[tuple[str, int, int]] = []
-    setting.compare(batch_size=4, on_progress=lambda *news: told.append(news))
-    assert told == [("base", 4, 6), ("base", 6, 6), ("brighter", 4, 6), ("brighter", 6, 6)]
+def test_progress_is_told_after_every_batch(done: Comparison, progress: list[tuple[str, int, int]]):
+    assert progress == [("base", 4, 6), ("base", 6, 6), ("brighter", 4, 6), ("brighter", 6, 6)]
 
 
 def test_a_prompt_that_comes_twice_is_one_cluster(setting: Setting):
@@ -173,28 +178,39 @@ def test_a_prompt_that_comes_twice_is_one_cluster(setting: Setting):
     assert read(setting.output_dir / "comparison.json")["prompts"] == 2
 
 
-def test_one_picture_gives_a_difference_without_an_interval(setting: Setting):
+def earlier_comparison(folder: Path) -> None:
+    (folder / "old").mkdir(parents=True)
+    (folder / "comparison.json").write_text(
+        '{"kind": "diffalign-comparison", "checkpoints": [{"name": "old"}]}'
+    )
+
+
+def test_an_earlier_comparison_is_replaced(setting: Setting):
+    earlier_comparison(setting.output_dir)
     setting.compare(prompts=["alone"], seeds_per_prompt=1)
+    assert sorted(path.name for path in setting.output_dir.iterdir()) == [
+        "base", "brighter", "comparison.json", "grid.png", "scores.jsonl",
+    ]  # fmt: skip
+    assert is_comparison(setting.output_dir)
+    # One picture gives a difference without an interval.
     difference = read(setting.output_dir / "comparison.json")["results"][0]["pairs"][0]["difference"]
     assert (difference["low"], difference["high"], difference["n"]) == (None, None, 1)
 
 
-def test_an_earlier_comparison_is_replaced_and_anything_else_is_kept(setting: Setting):
-    setting.compare()
-    setting.compare(checkpoints={"only": setting.base, "other": setting.base})
-    assert sorted(path.name for path in setting.output_dir.iterdir()) == [
-        "comparison.json", "grid.png", "only", "other", "scores.jsonl",
-    ]  # fmt: skip
+def test_a_comparison_with_anything_else_in_its_folder_is_kept(setting: Setting):
+    earlier_comparison(setting.output_dir)
     (setting.output_dir / "notes.txt").write_text("precious")
-    assert not is_comparison(setting.output_dir)
     with pytest.raises(ConfigError, match="is not empty"):
         setting.compare()
-    assert (setting.output_dir / "notes.txt").read_text() == "precious"
+    assert sorted(path.name for path in setting.output_dir.iterdir()) == [
+        "comparison.json",
+        "notes.txt",
+        "old",
+    ]
 
 
 def test_a_failure_half_way_leaves_the_earlier_comparison_and_nothing_else(setting: Setting, tmp_path: Path):
-    setting.output_dir.mkdir()
-    (setting.output_dir / "comparison.json").write_text('{"kind": "diffalign-comparison", "checkpoints": []}')
+    earlier_comparison(setting.output_dir)
 
     def stop(name: str, done: int, total: int) -> None:
         if name == "brighter":
@@ -202,7 +218,7 @@ def test_a_failure_half_way_leaves_the_earlier_comparison_and_nothing_else(setti
 
     with pytest.raises(KeyboardInterrupt):
         setting.compare(on_progress=stop)
-    assert [path.name for path in setting.output_dir.iterdir()] == ["comparison.json"]
+    assert sorted(path.name for path in setting.output_dir.iterdir()) == ["comparison.json", "old"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

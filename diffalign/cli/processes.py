@@ -1,0 +1,81 @@
+"""Several training processes on this machine, as `accelerate launch` would start them, with our own error screens.
+
+On a CPU two processes of one thread each train a small model about twice as fast as one process of two threads.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+STARTED_BY_US = "DIFFALIGN_PROCESS"
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that talks to the user (rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def relaunch(count: int, arguments: Sequence[str]) -> None:
+    """Go on as `count` processes and exit with their code; return at once where that is the case already."""
+    if count > 1 and STARTED_BY_US not in os.environ:
+        raise SystemExit(run_in_processes(count, arguments))
+
+
+def run_in_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run `python -m diffalign ARGUMENTS` in `count` processes that find each other; returns the exit code.
+
+    When one fails the others are stopped, and its code is returned. Ctrl-C reaches all of them.
+    """
+    environment = {
+        **os.environ,
+        STARTED_BY_US: "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+    }
+    command = [sys.executable, "-m", "diffalign", *arguments]
+    children = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    try:
+        return _wait(children)
+    except KeyboardInterrupt:
+        _stop(children)
+        return 130
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [code for code in codes if code]
+        if failed:
+            _stop(children)
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.1)
+
+
+def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    for child in children:
+        try:
+            child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

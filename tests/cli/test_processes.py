@@ -1,0 +1,75 @@
+"""`--processes N`: real processes that find each other over loopback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_pipeline_dir: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
+    (tmp_path / "mine.py").write_text("def bright(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    sampler = {"steps": 3, "guidance_scale": 1.0}
+    config = {
+        "model": {"path": str(tiny_pipeline_dir), "lora": {"rank": 2}},
+        "algorithm": {
+            "name": "ddpo",
+            "prompts_per_iteration": 4,
+            "group_size": 2,
+            "advantage": "prompt",
+            "prompt_min_count": 2,
+        },
+        "data": {"path": str(tmp_path / "prompts.txt")},
+        "rewards": [{"name": f"{tmp_path / 'mine.py'}:bright", "label": "bright"}],
+        "sampler": sampler,
+        "training": {"iterations": 2, "device": "cpu"},
+        "evaluation": {
+            "sets": {"known": str(tmp_path / "prompts.txt")},
+            "prompts_per_set": 3,
+            "sampler": {**sampler, "eta": 0.0},
+        },
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def train(run_file: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "diffalign", "train", str(run_file), "--output-dir", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_two_processes_sample_and_score_what_one_does(run_file, tmp_path):
+    runs = {}
+    for count in (1, 2):
+        folder = tmp_path / f"run-{count}"
+        done = train(run_file, folder, "--processes", str(count))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("same prompts, same seeds") == 1  # one process talks
+        summary = json.loads((folder / "summary.json").read_text())
+        first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        runs[count] = summary, first, json.loads((folder / "samples" / "before.json").read_text())
+    assert runs[2][0]["processes"] == 2
+    one, two = runs[1][2]["known"], runs[2][2]["known"]
+    assert two["prompts"] == one["prompts"] == ["one", "two", "three"]
+    assert two["seeds"] == one["seeds"]
+    assert two["scores"]["bright"] == pytest.approx(one["scores"]["bright"], abs=1e-5)
+    for metric in ("reward/mean", "reward/std", "reward/group_std"):
+        assert runs[2][1][metric] == pytest.approx(runs[1][1][metric], abs=1e-5)
+    # Both processes stepped with the same averaged gradient: their weights, and so the results, agree.
+    after = json.loads((tmp_path / "run-2" / "samples" / "after.json").read_text())["known"]["scores"]["bright"]
+    assert len(after) == 3
+
+
+def test_an_error_in_all_processes_is_one_screen_with_its_exit_code(run_file, tmp_path):
+    done = train(run_file, tmp_path / "run", "--processes", "2", "--model.path", str(tmp_path / "nowhere"))
+    assert done.returncode == 5
+    assert done.stderr.count("does not exist") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
