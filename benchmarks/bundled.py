@@ -16,7 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Data, Row, machine, median_seconds, print_table, time_iterations, write_data
+from common import (
+    Data,
+    Row,
+    hide_progress_bars,
+    machine,
+    median_seconds,
+    print_table,
+    time_iterations,
+    write_data,
+)
 
 from diffalign.config import (
     DDPOConfig,
@@ -52,6 +61,7 @@ DDPO_STEPS = 10
 
 def main() -> None:
     arguments = parse_arguments()
+    hide_progress_bars()
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.model}: {machine(CPU)}\n")
     rows = [*sampling(arguments), *scoring(arguments)]
@@ -69,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--model", default="bundled:tiny-sd", help="what model.path takes")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per denoiser call")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements per median")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements per median")
     return parser.parse_args()
 
 

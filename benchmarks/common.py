@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 
 from diffalign.algorithms.base import Context, Meter
 from diffalign.algorithms.online import OnlineRL
@@ -65,6 +67,12 @@ def write_data(folder: Path, count: int) -> Data:
     data.pairs.write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     data.prompts.write_text("\n".join(captions), encoding="utf-8")
     return data
+
+
+def hide_progress_bars() -> None:
+    """Of loading checkpoints; the table is what matters here."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def median_seconds(

@@ -112,7 +112,7 @@ class TrainingConfig(Options):
     learning_rate: PositiveFloat = 1e-4
     """AdamW step size, reached after warm-up."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after warm-up; linear and cosine end at 0 with the last iteration."""
+    """Shape of the learning rate after warm-up; linear and cosine reach 0 just after the last iteration."""
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
     """Iterations of linear warm-up."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)

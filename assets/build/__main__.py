@@ -1,7 +1,7 @@
 """Everything under assets/, from nothing: `python assets/build`.
 
-Stages: pictures, autoencoder, text encoder and UNet (by the project's own SFT), a small CLIP with an aesthetic
-head, preference pairs, prompt lists. A stage that was interrupted continues; a finished one is not repeated.
+Stages: autoencoder, text encoder, UNet (by the project's own SFT), a small CLIP with an aesthetic head,
+preference pairs, captioned pictures, prompt lists. Training that was interrupted continues, and is not repeated.
 """
 
 from __future__ import annotations

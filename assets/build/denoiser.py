@@ -1,4 +1,4 @@
-"""Stage 2: text encoder and UNet, trained by the project's own SFT from random weights.
+"""Stage 3: the UNet, trained by the project's own SFT from random weights.
 
 A fifth of the captions has one attribute wrong, as captions from the web do: the checkpoint learns to draw well,
 and to trust its prompt too little. That is what alignment can then repair.
@@ -11,39 +11,28 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
-from world import CONTEXT_LENGTH, train_tokenizer, write_pictures
+from text import WIDTH, train_text_encoder
+from world import train_tokenizer, write_pictures
 
-from diffalign.config_file import load_config
-from diffalign.training.run import align
+from diffalign.cli.processes import run_in_processes
 
 PICTURES = 30_000
 WRONG_CAPTIONS = 0.2
-TEXT_WIDTH = 64
+PROCESSES = 2
 
 
 def new_pipeline(vae_folder: Path) -> StableDiffusionPipeline:
-    """Random text encoder and UNet around the trained autoencoder."""
-    torch.manual_seed(0)
+    """A random UNet between the trained text encoder and autoencoder."""
     tokenizer = train_tokenizer()
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text_encoder = train_text_encoder(tokenizer)
+    torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(48, 80),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=8,
     )
@@ -58,7 +47,7 @@ def new_pipeline(vae_folder: Path) -> StableDiffusionPipeline:
     )
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(vae_folder),
-        text_encoder=CLIPTextModel(text_config),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
@@ -68,19 +57,19 @@ def new_pipeline(vae_folder: Path) -> StableDiffusionPipeline:
     )
 
 
-def train_denoiser(work: Path, *overrides: str) -> Path:
-    """Train in `work/pretrain` (continued when interrupted); returns the finished pipeline's folder."""
+def train_denoiser(work: Path) -> None:
+    """Train in `work/pretrain` (continued when interrupted); `work/pretrain/final` is the finished pipeline."""
     data, start, run = work / "pictures.parquet", work / "untrained", work / "pretrain"
+    splits = ("train", "train", "train", "train", "eval")
     if not data.exists():
-        write_pictures(
-            data, PICTURES, seed=2, splits=("train", "train", "train", "train", "eval"), wrong=WRONG_CAPTIONS
-        )
-    if not start.exists():
+        write_pictures(data, PICTURES, seed=2, splits=splits, wrong=WRONG_CAPTIONS)
+    if not (start / "model_index.json").exists():
         new_pipeline(work / "vae").save_pretrained(start)
-    options = ["--model.path", str(start), "--data.path", str(data), *overrides]
-    config = load_config(Path(__file__).with_name("pretrain.yaml"), options)
-    align(config, run, resume=(run / "config.yaml").exists())
-    return run / "final"
+    words = ["train", str(Path(__file__).with_name("pretrain.yaml")), "--output-dir", str(run)]
+    words += ["--model.path", str(start), "--data.path", str(data)]
+    resume = ["--resume"] if (run / "config.yaml").exists() else []
+    if code := run_in_processes(PROCESSES, [*words, *resume], threads=1):
+        raise SystemExit(code)
 
 
 def write_half_precision(pipeline_folder: Path, target: Path) -> None:

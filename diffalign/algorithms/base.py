@@ -22,7 +22,12 @@ class Batch(Protocol):
 
 
 class Algorithm(Protocol):
-    """Turns data into updates. Everything it draws is a function of (seed, iteration, rank)."""
+    """Turns data into updates. Everything it draws is a function of (seed, iteration, rank).
+
+    `uses_reference`: it needs the frozen policy that training started from.
+    """
+
+    uses_reference: bool
 
     def updates(self, iteration: int) -> Iterator[Sequence[Any]]:
         """The updates of one iteration; each is the batches whose gradients one optimizer step sums."""
@@ -55,6 +60,7 @@ class Meter:
     ) -> None:
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
+        self._began = time.perf_counter()
         self._device, self._on_phase = device, on_phase
 
     @contextmanager
@@ -74,11 +80,17 @@ class Meter:
         """Add to `counts[name]`."""
         self.counts[name] = self.counts.get(name, 0) + number
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began, without the time between an interruption and its resume."""
+        return time.perf_counter() - self._began
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": dict(self.seconds), "counts": dict(self.counts)}
+        return {"seconds": dict(self.seconds), "counts": dict(self.counts), "elapsed": self.elapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.counts = dict(state["seconds"]), dict(state["counts"])
+        self._began = time.perf_counter() - state["elapsed"]
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class Experience:
 class OnlineRL:
     """Sample pictures, score them, raise the probability of the steps that led to the better ones."""
 
+    uses_reference = False
+
     def __init__(
         self,
         config: DDPOConfig,
@@ -68,6 +70,12 @@ class OnlineRL:
                 f"algorithm.prompts_per_iteration: {config.prompts_per_iteration} prompts cannot be shared "
                 f"evenly by {context.world} processes"
             )
+        share = config.prompts_per_iteration * config.group_size // context.world
+        if share % config.updates_per_epoch:
+            raise ConfigError(
+                f"algorithm.updates_per_epoch: {config.updates_per_epoch} does not divide the {share} pictures that "
+                f"each of {context.world} processes samples"
+            )
 
     # Sampling
 
@@ -82,8 +90,9 @@ class OnlineRL:
     def _sample(self, iteration: int) -> Experience:
         drawn, prompts, seeds = self._my_share(iteration)
         trajectory, rewards, components = self._sample_pictures(prompts, seeds)
-        self.context.meter.count("sampled_pictures", len(prompts))
-        self.context.meter.count("reward_queries", len(prompts) * len(self.reward.labels))
+        self.context.meter.count("sampled_pictures", len(prompts) * self.context.world)
+        queries = len(prompts) * len(self.reward.labels)
+        self.context.meter.count("reward_queries", queries * self.context.world)
         self._metrics = self._reward_metrics(rewards, components)
         with torch.no_grad():
             conditioning = self.denoiser.encode_prompts(prompts)

@@ -70,6 +70,8 @@ class LatentPairs:
 class DPO:
     """Diffusion-DPO on `pairs`; policy and reference see the same latents, noise and timesteps."""
 
+    uses_reference = True
+
     def __init__(
         self,
         config: DPOConfig,
@@ -98,7 +100,7 @@ class DPO:
         x0_w, x0_l = self.train_pairs.latents(indices)
         noise = torch.randn(x0_w.shape, generator=draw)
         t = torch.randint(self.denoiser.schedule.num_timesteps, (len(indices),), generator=draw)
-        context.meter.count("training_pictures", 2 * len(indices))
+        context.meter.count("training_pictures", 2 * len(indices) * context.world)
         return self._collate(
             self.train_pairs, indices, x0_w, x0_l, noise, t, 1 / self.config.gradient_accumulation
         )

@@ -35,6 +35,8 @@ class SFTBatch:
 class SFT:
     """Denoising loss on `images`; see `SFTConfig` for what each option does."""
 
+    uses_reference = False
+
     def __init__(
         self,
         config: SFTConfig,
@@ -77,7 +79,7 @@ class SFT:
         captions = [
             "" if drop else self.images.caption(i) for i, drop in zip(indices, dropped.tolist(), strict=True)
         ]
-        context.meter.count("training_pictures", len(indices))
+        context.meter.count("training_pictures", len(indices) * context.world)
         device = self.denoiser.device
         return SFTBatch(x0, noise.to(device), t.to(device), captions, 1 / config.gradient_accumulation)
 

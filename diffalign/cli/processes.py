@@ -6,6 +6,7 @@ On a CPU two processes of one thread each train a small model about twice as fas
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,16 +21,24 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def relaunch(count: int, arguments: Sequence[str]) -> None:
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def relaunch(count: int, arguments: Sequence[str], *, threads: int | None = None) -> None:
     """Go on as `count` processes and exit with their code; return at once where that is the case already."""
     if count > 1 and STARTED_BY_US not in os.environ:
-        raise SystemExit(run_in_processes(count, arguments))
+        raise SystemExit(run_in_processes(count, arguments, threads=threads))
 
 
-def run_in_processes(count: int, arguments: Sequence[str]) -> int:
+def run_in_processes(count: int, arguments: Sequence[str], *, threads: int | None = None) -> int:
     """Run `python -m diffalign ARGUMENTS` in `count` processes that find each other; returns the exit code.
 
-    When one fails the others are stopped, and its code is returned. Ctrl-C reaches all of them.
+    When one fails the others are stopped, and its code is returned; they end with this process too.
+
+    Args:
+        threads: of each process, unless OMP_NUM_THREADS says otherwise. Default: an equal share of the cores.
     """
     environment = {
         **os.environ,
@@ -38,18 +47,21 @@ def run_in_processes(count: int, arguments: Sequence[str]) -> int:
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
     }
+    environment.setdefault("OMP_NUM_THREADS", str(threads or max(1, available_cores() // count)))
     command = [sys.executable, "-m", "diffalign", *arguments]
     children = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return _wait(children)
     except KeyboardInterrupt:
-        _stop(children)
         return 130
+    finally:
+        _stop(children)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:
@@ -57,7 +69,6 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
         codes = [child.poll() for child in children]
         failed = [code for code in codes if code]
         if failed:
-            _stop(children)
             return failed[0] if failed[0] > 0 else 128 - failed[0]
         if all(code == 0 for code in codes):
             return 0

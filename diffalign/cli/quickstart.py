@@ -10,14 +10,13 @@ examples:
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from diffalign.cli.processes import relaunch
+from diffalign.cli.processes import available_cores, relaunch
 from diffalign.config_file import load_config
 
 CONFIG = "tiny/ddpo"
@@ -40,8 +39,8 @@ def run(args: Args) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        processes = min(CPU_PROCESSES, os.cpu_count() or 1)
-        relaunch(processes, ["quickstart", "--output-dir", str(args.output_dir)])
+        processes = min(CPU_PROCESSES, available_cores())
+        relaunch(processes, ["quickstart", "--output-dir", str(args.output_dir)], threads=1)
 
     from diffalign.cli.summary import print_summary
     from diffalign.training.run import align

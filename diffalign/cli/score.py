@@ -1,7 +1,7 @@
 """Score a folder of pictures with one or more rewards.
 
     diffalign score pictures/ --rewards aesthetic
-    diffalign score runs/ddpo/samples --rewards clip,shapes --options clip.checkpoint=bundled:clip
+    diffalign score samples/ --rewards clip,shapes --options clip.checkpoint=bundled:clip
     diffalign score pictures/ --rewards clip --prompts prompts.txt --output scores.jsonl
     diffalign score pictures/ --rewards my_reward.py:sharpness
 
@@ -55,8 +55,8 @@ def run(args: Args) -> None:
     from diffalign.rewards import RewardMixture
 
     pictures = _list_pictures(args.folder)
-    names = _reward_names(args.rewards)
-    options = _reward_options(args.options, names)
+    names = reward_names(args.rewards)
+    options = reward_options(args.options, names)
     _require_writable(args.output)
     specs = [RewardConfig(name=name, options=options[name]) for name in names]
     mixture = RewardMixture(specs, _device(args.device))
@@ -91,7 +91,7 @@ def _list_pictures(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _reward_names(text: str) -> list[str]:
+def reward_names(text: str) -> list[str]:
     from diffalign.errors import RewardError
     from diffalign.rewards import available_rewards
 
@@ -101,7 +101,7 @@ def _reward_names(text: str) -> list[str]:
     return names
 
 
-def _reward_options(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def reward_options(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Keyword arguments by reward; values are YAML, so numbers and booleans are what they look like."""
     import yaml
 

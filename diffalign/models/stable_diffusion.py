@@ -50,6 +50,10 @@ class StableDiffusion(Denoiser):
         self.tokenizer = pipeline.tokenizer
         self.trains_text_encoder = trainable and config.train_text_encoder
         self._scheduler_config = self._effective_scheduler_config()
+        if config.prediction_type is not None or config.zero_terminal_snr is not None:
+            pipeline.scheduler = DDIMScheduler.from_config(
+                self._scheduler_config
+            )  # exported with the weights
         self.schedule = self._noise_schedule()
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = config.resolution or int(self.unet.config.sample_size) * scale
@@ -60,6 +64,7 @@ class StableDiffusion(Denoiser):
             )
         side = self.resolution // scale
         self.latent_shape = (int(self.unet.config.in_channels), side, side)
+        self.unet.register_to_config(sample_size=side)
         self._prompt_cache: OrderedDict[str, Tensor] = OrderedDict()
         self._frozen_copies: tuple[nn.Module, nn.Module] | None = None
         self._place(channels_last, trainable)

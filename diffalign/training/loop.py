@@ -98,7 +98,11 @@ class Trainer:
             for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
                 sums[name] += float(value) * batch.weight
         self.processes.average_gradients(self.parameters.values())
-        sums["grad_norm"] = self.step.apply(iteration)
+        grad_norm = self.step.apply(iteration)
+        if grad_norm is None:
+            self.meter.count("skipped_steps", 1)
+            return sums
+        sums["grad_norm"] = grad_norm
         if self.ema is not None:
             self.ema.step(list(self.parameters.values()))
         self.meter.count("optimizer_steps", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,24 +43,22 @@ class GradientStep:
         """The loss as `backward` should see it."""
         return self.scaler.scale(loss)
 
-    def apply(self, iteration: int) -> float:
-        """One optimizer step; returns the global gradient norm before clipping.
+    def apply(self, iteration: int) -> float | None:
+        """One optimizer step; returns the global gradient norm before clipping, or None if it was skipped.
 
         Raises:
             NumericsError: a gradient is not finite; the weights have not changed.
         """
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm))
-        finite = torch.isfinite(torch.tensor(norm)).item()
-        if not finite and not self.scaler.is_enabled():
+        finite = math.isfinite(norm)
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite and (not self.scaler.is_enabled() or self._skipped > MAX_SKIPPED_STEPS):
             raise self._error(iteration)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._skipped = 0 if finite else self._skipped + 1
-        if self._skipped > MAX_SKIPPED_STEPS:
-            raise self._error(iteration)
-        return norm
+        return norm if finite else None
 
     def _error(self, iteration: int) -> NumericsError:
         names = [

@@ -6,7 +6,6 @@ import json
 import platform
 import resource
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,11 +67,12 @@ class _Run:
             self.meter,
             self.progress.say,
         )
-        self.started = time.monotonic()
 
     def execute(self) -> dict[str, Any]:
         config, processes = self.config, self.processes
         # Everything that can be wrong with the input is found before the folder exists.
+        if processes.is_main:
+            self.folder.check(config, resume=self.resume)
         reward = RewardMixture(config.rewards, processes.device) if config.rewards else None
         denoiser = load_denoiser(
             config.model,
@@ -86,12 +86,13 @@ class _Run:
             load_prompts(path, config.evaluation.prompts_per_set)
         with self.progress:
             self.progress.begin("preparing", 1)
+            self.folder.require_space(_space_needed(config, denoiser))
             algorithm = build_algorithm(config, denoiser, reward, self.context)
             if processes.is_main:
-                self.folder.require_space(_space_needed(config, denoiser))
-                self.folder.open(config, resume=self.resume)
+                self.folder.create(config)
             processes.wait()
-            denoiser.keep_reference()
+            if algorithm.uses_reference or config.training.preview_every:
+                denoiser.keep_reference()
             denoiser.prepare_training(
                 gradient_checkpointing=config.training.gradient_checkpointing, compile=config.training.compile
             )
@@ -106,13 +107,14 @@ class _Run:
             with trainer.averaged_weights():
                 after = self._evaluate(denoiser, reward, "after")
                 if processes.is_main:
-                    denoiser.export(self.folder.final)
+                    self.folder.write_final(denoiser.export)
             return self._summarise(before, after, reward)
 
     def _say_what_trains(self, denoiser: StableDiffusion) -> None:
         count = sum(p.numel() for p in denoiser.trainable_parameters().values())
         lora = self.config.model.lora
-        how = f"LoRA of rank {lora.rank}" if lora is not None else "all UNet weights"
+        how = f"LoRA of rank {lora.rank}" if lora is not None else "all weights"
+        how += " of UNet and text encoder" if self.config.model.train_text_encoder else " of the UNet"
         precision = self.config.training.mixed_precision
         self.progress.say(
             f"{self.config.algorithm.name}: {count:,} trainable parameters ({how}), "
@@ -133,7 +135,7 @@ class _Run:
             due = iteration % config.checkpoint_every == 0 or iteration == config.iterations
             if self.processes.is_main:
                 self.progress.advance(iteration, metrics)
-                seconds = round(time.monotonic() - self.started, 3)
+                seconds = round(self.meter.elapsed, 3)
                 self.folder.append_metrics({"iteration": iteration, "seconds": seconds, **metrics})
                 if due:
                     with self.meter.phase("checkpoint"):
@@ -148,7 +150,7 @@ class _Run:
 
     def _preview(self, denoiser: StableDiffusion, reward: RewardMixture | None, iteration: int) -> None:
         """A grid of the evaluation sets' first prompts beside the same prompts and seeds before training."""
-        if reward is None:
+        if reward is None or not self.config.evaluation.sets:
             return
         few = self.config.evaluation.model_copy(update={"prompts_per_set": 4, "seeds_per_prompt": 1})
         folder = self.folder.samples / f"iteration-{iteration}"
@@ -207,7 +209,7 @@ class _Run:
             "iterations": config.training.iterations,
             "seed": config.seed,
             "results": compare_before_after(before, after),
-            "wall_seconds": round(time.monotonic() - self.started, 2),
+            "wall_seconds": round(self.meter.elapsed, 2),
             "seconds_by_phase": {name: round(value, 2) for name, value in self.meter.seconds.items()},
             "counts": self.meter.counts,
             "peak_memory_bytes": _peak_memory(self.processes.device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,27 @@ class RunFolder:
         self.final = path / "final"
         self.summary = path / "summary.json"
 
-    def open(self, config: AnyRun, *, resume: bool) -> None:
-        """Create the folder of a new run, or check that an old one was started with this configuration.
+    def check(self, config: AnyRun, *, resume: bool) -> None:
+        """Whether a new run may start here, or the run to resume was started with this configuration.
 
         Raises:
             ConfigError: the folder is taken, there is nothing to resume, or the configuration differs.
-            StorageError: the folder cannot be created.
         """
-        text = dump_config(config)
         if resume:
-            self._check_same_config(text)
+            self._check_same_config(dump_config(config))
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ConfigError(
                 f"the output folder {self.path} is not empty",
                 hint="add --resume to continue that run, or choose another --output-dir",
             )
+
+    def create(self, config: AnyRun) -> None:
+        """Make the folder and write config.yaml; a resumed run keeps its own. Raises StorageError."""
         try:
-            self.samples.mkdir(parents=True)
-            write_atomically(self.config, text)
+            self.samples.mkdir(parents=True, exist_ok=True)
+            if not self.config.exists():
+                write_atomically(self.config, dump_config(config))
         except OSError as error:
             raise StorageError(
                 "cannot create the run's folder",
@@ -83,6 +86,22 @@ class RunFolder:
                 why="a checkpoint holds the trainable weights, two moments each and their average; final/ the result",
                 hint="free some space, lower training.keep_last, or choose an --output-dir on another disk",
             )
+
+    def write_final(self, export: Callable[[Path], None]) -> None:
+        """Let `export` write final/, whole or not at all."""
+        partial = self.final.with_name(".final.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            export(partial)
+            shutil.rmtree(self.final, ignore_errors=True)
+            partial.rename(self.final)
+        except OSError as error:
+            raise StorageError(
+                "cannot write the result",
+                where=str(self.final),
+                why=str(error),
+                hint="free some space and continue with --resume: the last checkpoint is whole",
+            ) from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

@@ -142,14 +142,14 @@ def _prompts(args: Args, known: AnyRun | None) -> list[str]:
 
 
 def _rewards(args: Args, known: AnyRun | None) -> list[RewardConfig]:
-    from diffalign.cli.score import _reward_names, _reward_options
+    from diffalign.cli.score import reward_names, reward_options
     from diffalign.config import RewardConfig
 
     if args.rewards is None:
         assert known is not None
         return known.rewards
-    names = _reward_names(args.rewards)
-    options = _reward_options(args.options, names)
+    names = reward_names(args.rewards)
+    options = reward_options(args.options, names)
     return [RewardConfig(name=name, options=options[name]) for name in names]
 
 

@@ -41,7 +41,16 @@ def run_file(tmp_path: Path, tiny_pipeline_dir: Path) -> Path:
 
 
 def train(run_file: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "diffalign", "train", str(run_file), "--output-dir", str(folder), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "diffalign",
+        "train",
+        str(run_file),
+        "--output-dir",
+        str(folder),
+        *options,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
@@ -63,7 +72,9 @@ def test_two_processes_sample_and_score_what_one_does(run_file, tmp_path):
     for metric in ("reward/mean", "reward/std", "reward/group_std"):
         assert runs[2][1][metric] == pytest.approx(runs[1][1][metric], abs=1e-5)
     # Both processes stepped with the same averaged gradient: their weights, and so the results, agree.
-    after = json.loads((tmp_path / "run-2" / "samples" / "after.json").read_text())["known"]["scores"]["bright"]
+    after = json.loads((tmp_path / "run-2" / "samples" / "after.json").read_text())["known"]["scores"][
+        "bright"
+    ]
     assert len(after) == 3
 
 

@@ -14,6 +14,8 @@ from diffalign.training.processes import Processes
 
 
 class Quadratic:
+    uses_reference = False
+
     """Minimise (w - target)^2 in batches whose targets are a function of the iteration."""
 
     def __init__(self, weight: nn.Parameter, batches: int = 1) -> None:
