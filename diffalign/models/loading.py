@@ -6,11 +6,14 @@ Only safetensors are read: pickle files can run code. Every refusal says what to
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from diffalign.assets import resolve
 from diffalign.config import ModelConfig
@@ -44,6 +47,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pick_compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """The type for "no", "bf16" or "fp16". Raises DeviceError for fp16 without a GPU."""
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise DeviceError(
+            "training.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on the CPU", where=str(device)
+        )
+    return COMPUTE_DTYPES[mixed_precision]
+
+
 def load_denoiser(
     config: ModelConfig,
     *,
@@ -60,15 +72,12 @@ def load_denoiser(
         DeviceError: fp16 without a GPU.
     """
     device = pick_device(device) if isinstance(device, str) else device
-    if mixed_precision == "fp16" and device.type == "cpu":
-        raise DeviceError(
-            "training.mixed_precision: fp16 needs a GPU", hint="use bf16 or no on the CPU", where=str(device)
-        )
+    compute_dtype = pick_compute_dtype(mixed_precision, device)
     return StableDiffusion(
         load_pipeline(config),
         config,
         device=device,
-        compute_dtype=COMPUTE_DTYPES[mixed_precision],
+        compute_dtype=compute_dtype,
         channels_last=channels_last,
         trainable=trainable,
         seed=seed,
@@ -85,6 +94,8 @@ def load_for_inference(
         source = str(final) if final.exists() else path
         config = ModelConfig(path=source, lora=None, resolution=resolution)
         return load_denoiser(config, device=device, mixed_precision=mixed_precision)
+    target = pick_device(device)
+    compute_dtype = pick_compute_dtype(mixed_precision, target)
     base = _base_of(final)
     if resolution is not None:
         base = base.model_copy(update={"resolution": resolution})
@@ -92,12 +103,8 @@ def load_for_inference(
     pipeline.load_lora_weights(str(final), weight_name=LORA_FILE)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    target = pick_device(device)
     return StableDiffusion(
-        pipeline,
-        base.model_copy(update={"lora": None}),
-        device=target,
-        compute_dtype=COMPUTE_DTYPES[mixed_precision],
+        pipeline, base.model_copy(update={"lora": None}), device=target, compute_dtype=compute_dtype
     )
 
 
@@ -118,6 +125,11 @@ def _base_of(final: Path) -> ModelConfig:
 
 def load_pipeline(config: ModelConfig) -> StableDiffusionPipeline:
     """The diffusers pipeline at `config.path`, float32, without safety checker. Raises CheckpointError."""
+    if (
+        os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1"
+    ):  # one switch for the bars of all three libraries
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
     path = resolve(config.path)
     if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
