@@ -49,7 +49,7 @@ PREPROCESSING = {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic
 
 PAIRS = 32
 """Scenes a batch; each brings its rival, so a batch has twice as many pictures and captions."""
-STEPS = 360
+STEPS = 430
 PEAK_LEARNING_RATE = 2e-3
 MAX_LOGIT_SCALE = 100.0
 

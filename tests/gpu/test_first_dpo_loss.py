@@ -21,6 +21,13 @@ pytestmark = [
 ]
 
 PAIRS = 4
+COMPILERS_OWN_WARNINGS = pytest.mark.filterwarnings("default")
+MODES = [
+    "eager",
+    "checkpointing",
+    pytest.param("compile", marks=COMPILERS_OWN_WARNINGS),
+    pytest.param("compile+checkpointing", marks=COMPILERS_OWN_WARNINGS),
+]
 
 
 @pytest.fixture
@@ -39,7 +46,7 @@ def pairs(tmp_path) -> PreferencePairs:
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("mode", ["eager", "checkpointing", "compile", "compile+checkpointing"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_first_loss_is_ln_2(make_cuda_denoiser, pairs, precision, full, mode):
     """beta = 5000 makes this sharp: errors that differ by 1e-9 move the loss by more than 1e-6."""
     denoiser = make_cuda_denoiser(precision, full=full, mode=mode)

@@ -53,6 +53,7 @@ def test_the_ratio_before_any_update_is_one(make_cuda_denoiser, precision, full,
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("mode", ["compile", "compile+checkpointing"])
+@pytest.mark.filterwarnings("default")  # the compiler's own, about its internals
 def test_the_ratio_is_one_when_sampling_and_training_are_compiled(make_cuda_denoiser, precision, full, mode):
     """Sampling (no gradients) and replay (gradients) are different graphs: fusing them must not change a bit."""
     denoiser = make_cuda_denoiser(precision, full=full, mode=mode)
