@@ -234,7 +234,7 @@ class Bench:
         self.rows.append(Row(phase, pictures, seconds, self._extra(flops, seconds)))
 
     def _runs(self, model: ModelConfig, data: Data) -> list[AnyRun]:
-        batch = self.options.batch_size
+        batch, accumulation = self.options.batch_size, 1 if self.options.quick else 4
         shared = {"model": model, "training": self.training}
         ddpo = DDPORun(
             algorithm=DDPOConfig(
@@ -251,12 +251,14 @@ class Bench:
             **shared,
         )
         dpo = DPORun(
-            algorithm=DPOConfig(batch_size=batch // 2, gradient_accumulation=4, validation_every=0),
+            algorithm=DPOConfig(
+                batch_size=batch // 2, gradient_accumulation=accumulation, validation_every=0
+            ),
             data=PairsConfig(path=str(data.pairs), validation_fraction=0.0),
             **shared,
         )
         sft = SFTRun(
-            algorithm=SFTConfig(batch_size=batch, gradient_accumulation=4),
+            algorithm=SFTConfig(batch_size=batch, gradient_accumulation=accumulation),
             data=ImagesConfig(path=str(data.images)),
             **shared,
         )

@@ -47,7 +47,7 @@ def aesthetic() -> AestheticReward:
 
 
 def preferred(clip: CLIPReward, attribute: Attribute | None) -> float:
-    """How many of 100 pictures of held-out scenes score higher with their caption than with a wrong one."""
+    """How many of 100 fresh pictures score higher with their own caption than with a wrong one."""
     rng = np.random.default_rng(7)
     scenes: list[Scene] = []
     while len(scenes) < PICTURES:
