@@ -1,4 +1,4 @@
-"""Stage 4: preference pairs from the bundled checkpoint's own samples, judged by the verifier.
+"""Stage 5: preference pairs from the bundled checkpoint's own samples, judged by the verifier.
 
 Two pictures of one prompt, the better one preferred; equally good ones are ties, a few of which are kept, as in
 preference sets from the wild.
