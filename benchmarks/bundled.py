@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--model", default="bundled:tiny-sd", help="what model.path takes")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures per denoiser call")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures per denoiser call")
     parser.add_argument("--repeats", type=int, default=3, help="measurements per median")
     return parser.parse_args()
 
