@@ -102,8 +102,18 @@ class RewardConfig(Options):
     """Factor in the training reward; 0 only watches."""
     label: str | None = None
     """Column name in metrics. Default: the reward's name."""
+    clip: tuple[float, float] | None = None
+    """Clamp the reward to [low, high] before it is weighted; the component is logged as it was published."""
+    offload: bool = False
+    """Move the model to the CPU between rollouts, so that training has the GPU's memory."""
     options: dict[str, Any] = {}
     """Keyword arguments of the reward, e.g. {checkpoint: bundled:clip}."""
+
+    @model_validator(mode="after")
+    def _clip_is_a_range(self) -> RewardConfig:
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip: [low, high] with low below high, not {list(self.clip)}")
+        return self
 
 
 class TrainingConfig(Options):
@@ -225,6 +235,8 @@ class DDPOConfig(Options):
     """Pictures per denoiser call while sampling."""
     train_batch_size: PositiveInt = 8
     """(picture, timestep) pairs per denoiser call while training; changes memory, not the update."""
+    score_in_background: bool = True
+    """Score one sampled batch while the next is sampled; the numbers are the same either way."""
     storage_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which trajectories are kept; latents are rounded to it before they are scored."""
     ratio_check: Literal["error", "warn"] = "error"
@@ -321,6 +333,8 @@ class DDPORun(Run):
     data: PromptsConfig
     sampler: SamplerConfig = SamplerConfig()
     """How trajectories are sampled for training."""
+    reward_mode: Literal["sum", "normalized_sum"] = "sum"
+    """Weighted sum of the rewards in their own scales, or of their standard scores over each iteration's pictures."""
 
     def _conflicts(self) -> list[str]:
         problems = super()._conflicts()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffalign.errors import DataError, NumericsError
@@ -25,6 +26,18 @@ MAX_PIXELS = 64 * 10**6
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What `open_image` reads. Formats that start other programs (EPS) stay out."""
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> how the stored pixels are turned to be shown."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -75,8 +88,8 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 def open_image(source: Path | bytes, where: str) -> Image.Image:
     """Read a picture as 8-bit RGB, upright.
 
-    EXIF orientation is applied, 16-bit greyscale is scaled, CMYK and palettes are converted, transparency
-    is laid over white, and of an animation the first frame is taken.
+    EXIF orientation is applied (a damaged EXIF block says nothing), 16-bit greyscale is scaled, CMYK and
+    palettes are converted, transparency is laid over white, and of an animation the first frame is taken.
 
     Args:
         source: a file, or the bytes of one.
@@ -85,16 +98,23 @@ def open_image(source: Path | bytes, where: str) -> Image.Image:
     Raises:
         DataError: missing, damaged, of an unsupported format, or above `MAX_PIXELS`.
     """
-    size = "more than Pillow opens"
+    size = "more pixels than Pillow opens"
     try:
-        with _open_header(source) as image:
-            size = f"{image.width} x {image.height}"
+        with _no_warnings(), Image.open(_stream(source), formats=FORMATS) as image:
+            size = f"{image.width} x {image.height} pixels"
             if image.width * image.height <= MAX_PIXELS:
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return _to_rgb(_upright(image))
     except FileNotFoundError as error:
         raise DataError("picture not found", where=where) from error
     except Image.DecompressionBombError:
         pass
+    except UnidentifiedImageError as error:
+        raise DataError(
+            "unreadable picture",
+            where=where,
+            why="it is empty" if _is_empty(source) else "not a picture, or damaged in its header",
+            hint=f"supported formats: {', '.join(FORMATS)}",
+        ) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise DataError(
             "unreadable picture",
@@ -105,7 +125,7 @@ def open_image(source: Path | bytes, where: str) -> Image.Image:
     raise DataError(
         "picture too large",
         where=where,
-        why=f"{size} pixels; at most {MAX_PIXELS // 10**6} million are decoded",
+        why=f"{size}; at most {MAX_PIXELS // 10**6} million are decoded",
         hint="resize it, or leave it out",
     )
 
@@ -138,10 +158,30 @@ def _centre_square(width: int, height: int) -> tuple[int, int, int]:
     return (width - side) // 2, (height - side) // 2, side
 
 
-def _open_header(source: Path | bytes) -> Image.Image:
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Pillow warns of large pictures, where our limit is lower, and of damaged EXIF, which says nothing."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller's limit is lower
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _stream(source: Path | bytes) -> Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _is_empty(source: Path | bytes) -> bool:
+    return not source if isinstance(source, bytes) else source.stat().st_size == 0
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a parser of damaged bytes, like the decoders
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 from diffalign.errors import DataError, NumericsError
@@ -71,6 +71,24 @@ def test_exif_orientation_is_applied():
     assert upright.getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_shown_as_pillow_shows_it(format: str, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(photo(5, 3), format, exif=exif, **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert_close(to_tensor([open_image(data, "x")]), to_tensor([expected]), atol=0, rtol=0)
+    assert expected.size == ((5, 3) if orientation < 5 else (3, 5))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbagegarbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_a_damaged_exif_block_leaves_the_picture_as_it_is(format: str, exif: bytes):
+    assert open_image(encode(photo(8, 4), format, exif=exif), "x").size == (8, 4)
+
+
 def test_16_bit_greyscale_is_scaled_not_clipped():
     grey = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
     for data in (encode(Image.fromarray(grey)), encode(Image.fromarray(grey), "TIFF")):
@@ -85,17 +103,30 @@ def test_transparency_is_laid_over_white():
     assert [read.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (10, 20, 30)]
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "CMYK"])
-def test_other_modes_become_rgb(mode: str):
-    format = "TIFF" if mode == "CMYK" else "PNG"
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_a_transparent_entry_of_a_palette_is_white(format: str):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    read = open_image(encode(image, format, transparency=0), "x")
+    assert [read.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (40, 50, 60)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("CMYK", "TIFF"), ("CMYK", "JPEG")],
+)
+def test_other_modes_become_rgb(mode: str, format: str):
     image = open_image(encode(Image.new("RGB", (4, 4), "white").convert(mode), format), "x")
     assert image.mode == "RGB"
     assert image.getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_of_an_animation_the_first_frame_is_taken():
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(format: str):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert open_image(data, "x").getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -113,6 +144,35 @@ def png_header(width: int, height: int) -> bytes:
 def test_a_pixel_bomb_is_refused_from_its_header(side: int):
     with pytest.raises(DataError, match=r"picture too large[^$]*bomb\.png"):
         open_image(png_header(side, side), "bomb.png")
+
+
+BOMBS = {
+    "BMP": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 30_000, 30_000, 1, 24, *[0] * 6),
+    "GIF": b"GIF89a"
+    + struct.pack("<HH", 30_000, 30_000)
+    + b"\0\0\0,"
+    + struct.pack("<HHHHB", 0, 0, 30_000, 30_000, 0)
+    + b"\2\0;",
+    "PPM": b"P6 30000 30000 255\n" + b"\0" * 99,
+    "PNG": png_header(30_000, 30_000),
+}
+
+
+@pytest.mark.parametrize("format", BOMBS)
+def test_a_bomb_of_any_format_is_refused_from_its_header(format: str):
+    with pytest.raises(
+        DataError, match=r"picture too large[^$]*more pixels than Pillow opens; at most 64 million"
+    ):
+        open_image(BOMBS[format], "bomb")
+
+
+def test_an_empty_file_and_one_that_is_no_picture_are_told_apart(tmp_path: Path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    for source in (b"", tmp_path / "empty.png"):
+        with pytest.raises(DataError, match="it is empty"):
+            open_image(source, "x")
+    with pytest.raises(DataError, match="not a picture, or damaged in its header"):
+        open_image(b"text", "x")
 
 
 def test_unreadable_pictures_are_data_errors_that_name_them(tmp_path: Path):

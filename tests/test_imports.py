@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", *CONFIGURATION, "assets", "seeding", "images", "result_folder"],
     ["schedule", "transitions", "losses", "advantages"],
     ["models"],
-    ["trajectory", "sampling", "picture_folder", "data", "rewards"],
+    ["trajectory", "sampling", "picture_folder", "data", "rewards", "scoring"],
     ["algorithms"],
     ["training"],
     ["cli", "__main__"],
@@ -122,6 +122,11 @@ def test_importing_diffalign_loads_nothing_heavy():
 def test_help_loads_nothing_heavy():
     found = loaded("from diffalign.cli import main\nassert main(['--help']) == 0")
     assert not found & {*HEAVY, "pydantic", "yaml", "tyro", "rich"}
+
+
+def test_the_help_of_score_loads_nothing_heavy():
+    found = loaded("from diffalign.cli import main\nassert main(['score', '--help']) == 0")
+    assert not found & {*HEAVY, "pydantic", "yaml", "jinja2"}
 
 
 def test_validating_a_config_loads_no_torch():

@@ -28,10 +28,13 @@ from diffalign.rewards import (
 BUILT_IN = [
     "aesthetic",
     "clip",
+    "http",
     "jpeg_compressibility",
     "jpeg_incompressibility",
+    "ocr",
     "shapes",
     "shapes_accuracy",
+    "vlm",
 ]
 
 

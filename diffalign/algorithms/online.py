@@ -17,7 +17,7 @@ from diffalign.errors import ConfigError, NumericsError
 from diffalign.losses.base import LossOutput
 from diffalign.losses.policy_gradient import ppo_clip, reinforce
 from diffalign.models.base import Conditioning, Denoiser
-from diffalign.rewards import RewardMixture
+from diffalign.rewards import BackgroundScorer, RewardMixture
 from diffalign.seeding import derive_seed, generator
 from diffalign.trajectory import Trajectory, rollout
 
@@ -89,14 +89,16 @@ class OnlineRL:
 
     def _sample(self, iteration: int) -> Experience:
         drawn, prompts, seeds = self._my_share(iteration)
-        trajectory, rewards, components = self._sample_pictures(prompts, seeds)
+        trajectory, components = self._sample_pictures(prompts, seeds)
         self.context.meter.count("sampled_pictures", len(prompts) * self.context.world)
         queries = len(prompts) * len(self.reward.labels)
         self.context.meter.count("reward_queries", queries * self.context.world)
+        components = {label: self.context.gather(scores) for label, scores in components.items()}
+        rewards = self.reward.combine(components)  # of all processes: standard scores need every picture
         self._metrics = self._reward_metrics(rewards, components)
         with torch.no_grad():
             conditioning = self.denoiser.encode_prompts(prompts)
-        return Experience(trajectory, prompts, conditioning, self._advantages(rewards, drawn))
+        return Experience(trajectory, prompts, conditioning, self._advantages(rewards, drawn, len(prompts)))
 
     def _my_share(self, iteration: int) -> tuple[list[str], list[str], list[int]]:
         """All prompts drawn for this iteration; this process's prompts, each `group_size` times, and their seeds."""
@@ -110,54 +112,59 @@ class OnlineRL:
 
     def _sample_pictures(
         self, prompts: list[str], seeds: list[int]
-    ) -> tuple[Trajectory, Tensor, dict[str, Tensor]]:
-        """Trajectories, rewards [B] and their components, batch by batch."""
+    ) -> tuple[Trajectory, dict[str, Tensor]]:
+        """Trajectories and the components [B] of their rewards."""
         meter, size = self.context.meter, self.config.sample_batch_size
         storage = getattr(torch, self.config.storage_dtype)
-        parts, scores = [], []
-        for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            with meter.phase("sampling"), torch.no_grad():
-                conditioning = self.denoiser.encode_prompts(prompts[rows])
-                steps = rollout(self.denoiser, conditioning, self.sampler, seeds[rows], storage_dtype=storage)
-                parts.append(Trajectory.collect(self.sampler, steps))
-                pictures = self.denoiser.decode(parts[-1].final)
+        parts = []
+        batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        with BackgroundScorer(self.reward, self.denoiser.device) as scorer:
+            for rows in batches:
+                with meter.phase("sampling"), torch.no_grad():
+                    conditioning = self.denoiser.encode_prompts(prompts[rows])
+                    steps = rollout(
+                        self.denoiser, conditioning, self.sampler, seeds[rows], storage_dtype=storage
+                    )
+                    parts.append(Trajectory.collect(self.sampler, steps))
+                    pictures = self.denoiser.decode(parts[-1].final)
+                scorer.submit(pictures, prompts[rows])
+                if not self.config.score_in_background:
+                    with meter.phase("reward"):
+                        scorer.results()
             with meter.phase("reward"):
-                scores.append(self.reward(pictures, prompts[rows]))
+                scores = scorer.results()
+        self.reward.offload()
         components = {
-            label: torch.cat([score.components[label] for score in scores]) for label in self.reward.labels
+            label: torch.cat([score.components[label] for score in scores]).to(self.denoiser.device)
+            for label in self.reward.labels
         }
-        total = torch.cat([score.total for score in scores]).to(self.denoiser.device)
-        return Trajectory.concatenate(parts), total, components
+        return Trajectory.concatenate(parts), components
 
-    def _advantages(self, rewards: Tensor, drawn: list[str]) -> Tensor:
-        """Advantages [B] of this process, from the rewards of all."""
+    def _advantages(self, rewards: Tensor, drawn: list[str], count: int) -> Tensor:
+        """Advantages of this process's `count` pictures, from the rewards of all processes."""
         config, context = self.config, self.context
-        everyone = context.gather(rewards)
         if config.advantage == "group":
-            advantages = group_advantages(everyone, config.group_size)
+            advantages = group_advantages(rewards, config.group_size)
         elif config.advantage == "batch":
-            advantages = batch_advantages(everyone)
+            advantages = batch_advantages(rewards)
         else:
             order = [
                 drawn[row] for rank in range(context.world) for row in range(rank, len(drawn), context.world)
             ]
             prompts = [prompt for prompt in order for _ in range(config.group_size)]
-            advantages = self.statistics.update(prompts, everyone)
+            advantages = self.statistics.update(prompts, rewards)
         clipped = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        return clipped[context.rank * len(rewards) :][: len(rewards)]
+        return clipped[context.rank * count :][:count]
 
     def _reward_metrics(self, rewards: Tensor, components: dict[str, Tensor]) -> dict[str, float]:
-        everyone = self.context.gather(rewards)
-        groups = everyone.view(-1, self.config.group_size)
+        """From the rewards of all processes, in their order: whole groups follow each other."""
+        groups = rewards.view(-1, self.config.group_size)
         metrics = {
-            "reward/mean": float(everyone.mean()),
-            "reward/std": float(everyone.std(correction=0)),
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std(correction=0)),
             "reward/group_std": float(groups.std(dim=1, correction=0).mean()),
         }
-        for label, values in components.items():
-            metrics[f"reward/{label}"] = float(self.context.gather(values.to(rewards.device)).mean())
-        return metrics
+        return metrics | {f"reward/{label}": float(values.mean()) for label, values in components.items()}
 
     # Learning
 

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("diffalign.cli.train", "align a checkpoint by SFT, Diffusion-DPO or DDPO"),
     "sample": ("diffalign.cli.sample", "draw pictures for a list of prompts"),
     "score": ("diffalign.cli.score", "score a folder of pictures with reward models"),
+    "serve-rewards": ("diffalign.cli.serve_rewards", "serve rewards over HTTP"),
     "compare": ("diffalign_eval.command", "compare checkpoints: same prompts, same seeds, intervals"),
     "config": ("diffalign.cli.config", "list, show and validate run files"),
     "doctor": ("diffalign.cli.doctor", "check versions, device, disk and rewards"),

@@ -1,94 +1,126 @@
-"""Score a folder of pictures with one or more rewards.
+"""Score pictures with one or more rewards; or rewards, by how well they agree with people.
 
-    diffalign score pictures/ --rewards aesthetic
-    diffalign score samples/ --rewards clip,shapes --options clip.checkpoint=bundled:clip
-    diffalign score pictures/ --rewards clip --prompts prompts.txt --output scores.jsonl
-    diffalign score pictures/ --rewards my_reward.py:sharpness
+PICTURES is a folder, a quoted pattern, picture files, a .jsonl or .parquet with the columns image and prompt.
+Prompts come from there, from metadata.jsonl of the folder, from a .txt beside each picture, or from --prompts
+(one a picture, in the order of their names). Rewards that look at the picture alone need none.
 
-Prompts come from --prompts (one a picture, in the order of their file names), from metadata.jsonl, or from a
-.txt beside each picture. Rewards that look at the picture alone need none.
+Scores are kept in OUTPUT.partial.jsonl while the run goes on; after an interruption the same command goes on
+from there. Pictures that cannot be read are skipped and listed.
+
+examples:
+  diffalign score pictures/ --rewards aesthetic
+  diffalign score samples/ --rewards clip,shapes --options clip.checkpoint=bundled:clip
+  diffalign score "pictures/**/*.png" --rewards clip --prompts prompts.txt --output scores.parquet
+  diffalign score rows.jsonl --rewards my_reward.py:sharpness --output scores.jsonl --sheet scores.html
+  diffalign score --pairs bundled:pairs.parquet --rewards shapes,jpeg_compressibility
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from diffalign.cli.sampling_args import optional
+
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from diffalign.config import RewardConfig
     from diffalign.rewards import RewardMixture
+    from diffalign.scoring.agreement import Agreement
+    from diffalign.scoring.journal import Journal
+    from diffalign.scoring.run import ScoredPictures
+    from diffalign.scoring.sources import PictureSource
 
-_CHUNK = 64  # pictures in memory at once
+COLUMNS = ("pair", "file", "prompt", "preferred", "skipped")
+"""Of the output, beside one a reward."""
+
+_MOST_LISTED = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    """Score a folder of pictures with one or more rewards."""
-
-    folder: tyro.conf.Positional[Path]
-    """Folder of pictures; subfolders are searched too."""
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional, optional("[PICTURES ...]")] = ()
+    """A folder (subfolders too), a quoted pattern, picture files, or a .jsonl or .parquet of pictures."""
     rewards: str
     """Reward names, separated by commas; also file.py:function and package.module:function."""
-    prompts: Path | None = None
-    """One prompt a picture (.txt, .jsonl, .csv, .tsv, .parquet), in the order of the file names."""
-    options: tuple[str, ...] = ()
-    """Options of the rewards, as NAME.OPTION=VALUE, e.g. clip.checkpoint=bundled:clip."""
-    output: Path | None = None
-    """Write the scores here as JSON Lines, one picture a line."""
+    prompts: Annotated[Path | None, optional("FILE")] = None
+    """One prompt a picture (.txt, .jsonl, .csv, .tsv, .parquet), in the order of the pictures."""
+    options: Annotated[tuple[str, ...], optional("[NAME.OPTION=VALUE ...]")] = ()
+    """Options of the rewards, e.g. clip.checkpoint=bundled:clip."""
+    output: Annotated[Path | None, optional("FILE")] = None
+    """Write a row a picture here: .parquet or .jsonl. An interrupted run goes on from OUTPUT.partial.jsonl."""
+    pairs: Annotated[str | None, optional("FILE")] = None
+    """Instead of pictures: preference pairs, as Diffusion-DPO reads them; shows how often each reward agrees."""
+    sheet: Annotated[Path | None, optional("FILE.html")] = None
+    """Write the best and worst pictures of each reward as one HTML file."""
+    sheet_pictures: int = 24
+    """Pictures on the sheet from each end."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the rewards run; auto: the GPU if there is one."""
 
 
 def run(args: Args) -> None:
-    """Score, print a table, and write `--output` once everything is scored."""
-    from rich.console import Console
+    """Score, write `--output` and `--sheet` once everything is scored, and print tables.
+
+    Raises:
+        ConfigError: options that do not go together, or the partial scores of another run.
+        DataError: no pictures, a table without them, prompts that are missing; or no picture can be read.
+        NumericsError: a score is not finite (the picture is named).
+        RewardError, DeviceError, StorageError: as they say. What was scored before is kept.
+    """
+    _check(args)
 
     from diffalign.config import RewardConfig
-    from diffalign.rewards import RewardMixture
+    from diffalign.scoring.journal import Journal, journal_header, journal_path
+    from diffalign.scoring.sources import PairPictures, open_pictures, prompts_for
 
-    pictures = _list_pictures(args.folder)
     names = reward_names(args.rewards)
     options = reward_options(args.options, names)
-    _require_writable(args.output)
     specs = [RewardConfig(name=name, options=options[name]) for name in names]
-    mixture = RewardMixture(specs, _device(args.device))
-    prompts = _prompts(args, pictures, mixture)
-    scores = _score_all(mixture, pictures, [prompt or "" for prompt in prompts])
+    pictures = open_pictures(args.pictures) if args.pairs is None else PairPictures(args.pairs)
+    journal = None
     if args.output is not None:
-        columns = {label: values.tolist() for label, values in scores.items()}
-        rows: Iterator[dict[str, Any]] = (
-            {"file": path.relative_to(args.folder).as_posix(), "prompt": prompts[i]}
-            | {label: values[i] for label, values in columns.items()}
-            for i, path in enumerate(pictures)
+        journal = Journal(journal_path(args.output), journal_header(pictures, specs))
+    mixture = _mixture(specs, args.device)
+    prompts = prompts_for(pictures, args.prompts, mixture.needs_prompt)
+    scored = _score(pictures, prompts, mixture, journal)
+    agreements = _agreements(pictures, scored, mixture)
+    _write(args, pictures, scored, agreements, mixture)
+    if journal is not None:
+        journal.remove()
+    _print(pictures, scored, agreements)
+
+
+def _check(args: Args) -> None:
+    """What the words of the command line say by themselves."""
+    from diffalign.assets import resolve
+    from diffalign.errors import ConfigError
+    from diffalign.scoring.output import SUFFIXES, require_output
+
+    if bool(args.pictures) == (args.pairs is not None):
+        raise ConfigError(
+            "give pictures or --pairs, one of them",
+            hint='a folder, a "quoted pattern", a .jsonl, a .parquet; or --pairs FILE',
         )
-        _write_lines(args.output, rows)
-    Console().print(_table(args.folder, pictures, scores))
-
-
-def _list_pictures(folder: Path) -> list[Path]:
-    from diffalign.data.images import SUFFIXES
-    from diffalign.errors import DataError
-
-    if not folder.is_dir():
-        raise DataError("the folder of pictures does not exist", where=str(folder))
-    found = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    ]
-    if not found:
-        raise DataError(
-            "no pictures in this folder", where=str(folder), why=f"looked for {', '.join(sorted(SUFFIXES))}"
-        )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    if args.pairs is not None and args.prompts is not None:
+        raise ConfigError("--prompts does not go with --pairs", why="pairs have prompts of their own")
+    if args.sheet_pictures < 1:
+        raise ConfigError(f"--sheet-pictures must be at least 1; got {args.sheet_pictures}")
+    named = (*args.pictures, args.pairs, args.prompts)
+    inputs = [resolve(str(name)).absolute() for name in named if name is not None]
+    for option, path, suffixes in (
+        ("--output", args.output, SUFFIXES),
+        ("--sheet", args.sheet, (".html", ".htm")),
+    ):
+        if path is not None:
+            require_output(path, option, suffixes)
+            if path.absolute() in inputs:
+                raise ConfigError(f"{option} would overwrite what is to be scored: {path}")
 
 
 def reward_names(text: str) -> list[str]:
@@ -124,73 +156,14 @@ def reward_options(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict
     return options
 
 
-def _prompts(args: Args, pictures: list[Path], mixture: RewardMixture) -> list[str | None]:
-    """One prompt a picture, or None for each where no reward needs any and there are none."""
-    from diffalign.config import ImagesConfig
-    from diffalign.data.images import METADATA, CaptionedImages
-    from diffalign.data.prompts import load_prompts
-    from diffalign.errors import DataError
+def _mixture(specs: Sequence[RewardConfig], device: str) -> RewardMixture:
+    from diffalign.errors import ConfigError
+    from diffalign.rewards import RewardMixture
 
-    if args.prompts is not None:
-        prompts = load_prompts(str(args.prompts))
-        if len(prompts) != len(pictures):
-            raise DataError(
-                f"{len(prompts)} prompts but {len(pictures)} pictures",
-                where=f"{args.prompts}, {args.folder}",
-                hint="give one prompt a picture, in the order of the file names",
-            )
-        return list(prompts)
-    captioned = (args.folder / METADATA).is_file() or all(p.with_suffix(".txt").is_file() for p in pictures)
-    if not captioned and not mixture.needs_prompt:
-        return [None] * len(pictures)
-    images = CaptionedImages(ImagesConfig(path=str(args.folder)))
-    return [images.caption(i) for i in range(len(pictures))]
-
-
-def _score_all(mixture: RewardMixture, pictures: list[Path], prompts: list[str]) -> dict[str, Tensor]:
-    """Scores [number of pictures] by label, on the CPU."""
-    import torch
-    from rich.progress import Progress
-
-    from diffalign.images import open_image
-    from diffalign.rewards import NonFiniteScore
-
-    parts: dict[str, list[Tensor]] = {label: [] for label in mixture.labels}
-    with Progress(transient=True) as progress:
-        task = progress.add_task("scoring", total=len(pictures))
-        for start in range(0, len(pictures), _CHUNK):
-            chunk = pictures[start : start + _CHUNK]
-            images = [open_image(path, str(path)) for path in chunk]
-            try:
-                scores = mixture(images, prompts[start : start + _CHUNK])
-            except NonFiniteScore as error:
-                error.where = f"{chunk[error.index]}, prompt {prompts[start + error.index]!r}"
-                raise
-            for label, values in scores.components.items():
-                parts[label].append(values.cpu())
-            progress.advance(task, len(chunk))
-    return {label: torch.cat(values) for label, values in parts.items()}
-
-
-def _table(folder: Path, pictures: list[Path], scores: dict[str, Tensor]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=f"{len(pictures)} pictures in {folder}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("reward", overflow="fold", min_width=min(22, max(map(len, scores))))
-    for column in ("mean", "std", "min", "max"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("highest", overflow="fold")
-    table.add_column("lowest", overflow="fold")
-    for label, values in scores.items():
-        spread = values.std(correction=1 if len(values) > 1 else 0)
-        numbers = [values.mean(), spread, values.min(), values.max()]
-        ends = [
-            pictures[int(index)].relative_to(folder).as_posix()
-            for index in (values.argmax(), values.argmin())
-        ]
-        table.add_row(label, *(f"{number.item():.4g}" for number in numbers), *ends)
-    return table
+    for spec in specs:
+        if spec.name in COLUMNS:
+            raise ConfigError(f"a reward cannot be named {spec.name}: the output has a column of that name")
+    return RewardMixture(specs, _device(device))
 
 
 def _device(name: str) -> str:
@@ -207,33 +180,99 @@ def _device(name: str) -> str:
     return name
 
 
-def _require_writable(output: Path | None) -> None:
-    """Said before the scoring, not after it."""
-    from diffalign.errors import StorageError
+def _score(
+    pictures: PictureSource, prompts: Sequence[str | None], mixture: RewardMixture, journal: Journal | None
+) -> ScoredPictures:
+    """With a progress bar, and a word about what is kept whatever ends the run early."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if output is None:
-        return
-    if output.is_dir():
-        raise StorageError("--output is a folder, not a file", where=str(output))
-    if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):
-        raise StorageError("cannot write --output: its folder is missing or read-only", where=str(output))
+    from diffalign.scoring.run import score_pictures
 
-
-def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """All lines or no file: written beside `path`, then renamed over it."""
-    from diffalign.errors import StorageError
-
-    temporary: Path | None = None
+    if journal is not None and journal.scores:
+        print(f"going on from {journal.path}: {_counted(len(journal.scores))} scored", file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError("cannot write the scores", where=str(path), why=str(error)) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("scoring", total=len(pictures.files))
+            return score_pictures(
+                pictures, prompts, mixture, journal, lambda done: progress.update(task, completed=done)
+            )
+    except BaseException:
+        if journal is not None and journal.scores:
+            print(
+                f"the scores of {_counted(len(journal.scores))} are kept in {journal.path};\n"
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
+        raise
+
+
+def _agreements(pictures: PictureSource, scored: ScoredPictures, mixture: RewardMixture) -> list[Agreement]:
+    from diffalign.scoring.agreement import agreement
+    from diffalign.scoring.sources import PairPictures
+
+    if not isinstance(pictures, PairPictures):
+        return []
+    return [
+        agreement(label, pictures.pairs, scored, higher_is_better=reward.higher_is_better)
+        for label, reward in mixture.rewards.items()
+    ]
+
+
+def _write(
+    args: Args,
+    pictures: PictureSource,
+    scored: ScoredPictures,
+    agreements: Sequence[Agreement],
+    mixture: RewardMixture,
+) -> None:
+    from diffalign.scoring.output import write_columns, write_text
+
+    if args.output is not None:
+        write_columns(args.output, _columns(pictures, scored))
+        if agreements:
+            result = {"pairs": pictures.where, "rewards": [each.to_json() for each in agreements]}
+            target = args.output.with_name(f"{args.output.name}.agreement.json")
+            write_text(target, json.dumps(result, indent=2))
+    if args.sheet is not None:
+        from diffalign.scoring.sheet import score_sheet
+
+        directions = {label: reward.higher_is_better for label, reward in mixture.rewards.items()}
+        write_text(args.sheet, score_sheet(pictures, scored, directions, args.sheet_pictures))
+
+
+def _columns(pictures: PictureSource, scored: ScoredPictures) -> dict[str, Sequence[Any]]:
+    from diffalign.scoring.sources import PairPictures
+
+    count = len(scored.files)
+    columns: dict[str, Sequence[Any]] = {"file": scored.files, "prompt": scored.prompts}
+    if isinstance(pictures, PairPictures):
+        first = [pictures.pairs.probability(pair) for pair in range(count // 2)]
+        columns["pair"] = [index // 2 for index in range(count)]
+        columns["preferred"] = [share for p in first for share in (p, 1.0 - p)]
+    return columns | scored.scores | {"skipped": [scored.skipped.get(index) for index in range(count)]}
+
+
+def _print(pictures: PictureSource, scored: ScoredPictures, agreements: Sequence[Agreement]) -> None:
+    from rich.console import Console
+
+    from diffalign.cli.score_tables import agreement_table, ends_text, score_table, ties_text
+
+    console = Console()
+    console.print(score_table(pictures.where, scored))
+    print(ends_text(scored))
+    if agreements:
+        console.print(agreement_table(agreements))
+        if agreements[0].label_ties:
+            print(ties_text(agreements))
+    if scored.skipped:
+        print(f"skipped {len(scored.skipped)} of {_counted(len(scored.files))}:", file=sys.stderr)
+        for index, reason in list(scored.skipped.items())[:_MOST_LISTED]:
+            print(f"  {scored.files[index]}: {reason}", file=sys.stderr)
+        if len(scored.skipped) > _MOST_LISTED:
+            print(f"  ... and {len(scored.skipped) - _MOST_LISTED} more", file=sys.stderr)
+
+
+def _counted(pictures: int) -> str:
+    return f"{pictures:,} picture" + "s" * (pictures != 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -93,14 +94,29 @@ class PairSet:
         Raises:
             DataError: a picture is missing or damaged; the message names its row and column.
         """
-        row, table, names = self._rows[index], self._pairs.table, self._pairs.pictures
-        pictures: list[Tensor] = []
-        for cell, name in zip(table.cells(row, names), names, strict=True):
-            where = f"{table.where(row)}, {name}"
-            image = open_image(picture_source(cell, table.folder, where), where)
-            pictures.append(to_tensor([resize_crop(image, resolution)])[0])
-        first, second = pictures
-        return (first, second) if self._pairs.probabilities[row] >= 0.5 else (second, first)
+        first, second = (
+            to_tensor([resize_crop(open_image(self.source(index, n), self.place(index, n)), resolution)])[0]
+            for n in (0, 1)
+        )
+        return first, second
+
+    def source(self, index: int, which: int) -> Path | bytes:
+        """One picture of a pair as `open_image` takes it: 0 the preferred, 1 the other.
+
+        Raises:
+            DataError: the cell is empty, or no picture.
+        """
+        table, names = self._pairs.table, self._pairs.pictures
+        cell = table.cells(self._rows[index], names)[self._column(index, which)]
+        return picture_source(cell, table.folder, self.place(index, which))
+
+    def place(self, index: int, which: int) -> str:
+        """File, row or line, and column of a picture, for messages."""
+        column = self._pairs.pictures[self._column(index, which)]
+        return f"{self._pairs.table.where(self._rows[index])}, {column}"
+
+    def _column(self, index: int, which: int) -> int:
+        return which if self._pairs.probabilities[self._rows[index]] >= 0.5 else 1 - which
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ Rewards are found by entry point (group `diffalign.rewards`), so any installed p
 `path/to/file.py:function` and `package.module:function`.
 """
 
+from diffalign.rewards.background import BackgroundScorer
 from diffalign.rewards.mixture import RewardMixture, Scores
 from diffalign.rewards.model import Images, NonFiniteScore, RewardModel, once_per_batch
 from diffalign.rewards.registry import CallableReward, available_rewards, load_reward
 
 __all__ = [
+    "BackgroundScorer",
     "CallableReward",
     "Images",
     "NonFiniteScore",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,34 +14,53 @@ from diffalign.errors import RewardError
 from diffalign.rewards.model import Images, RewardModel, check_pairs, sharing_batches
 from diffalign.rewards.registry import load_reward
 
+EPSILON = 1e-6
+"""Added to a component's standard deviation: one that never varies contributes nothing."""
+
 
 @dataclass(frozen=True)
 class Scores:
-    """One call's scores: `total` [B] and, by label, the [B] it is the weighted sum of."""
+    """One call's scores: `total` [B] and, by label, the [B] it was made from, in their published scales."""
 
     total: Tensor
     components: dict[str, Tensor]
 
 
 class RewardMixture:
-    """sum over rewards of weight * score.
+    """sum over rewards of weight * score, each score clipped first where the configuration says so.
+
+    `normalized=True` weighs standard scores, (score - mean) / std over the pictures given to `combine`, so that no
+    reward dominates by its scale alone.
 
     `higher_is_better` is not consulted: a reward to be minimised has a negative weight. A weight of 0 only
     watches. Rewards that share a backbone run it once a batch.
     """
 
-    def __init__(self, specs: Sequence[RewardConfig], device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        specs: Sequence[RewardConfig],
+        device: str | torch.device = "cpu",
+        *,
+        normalized: bool = False,
+    ) -> None:
         if not specs:
             raise RewardError("a mixture needs at least one reward")
         self.device = torch.device(device)
         self.rewards: dict[str, RewardModel] = {}
         self.weights: dict[str, float] = {}
+        self.clips: dict[str, tuple[float, float]] = {}
+        self.normalized = normalized
+        self._offloaded: list[str] = []
         for spec in specs:
             label = spec.label or spec.name
             if label in self.rewards:
                 raise RewardError(f"the reward {label} is listed twice", hint="give each its own label")
             self.rewards[label] = load_reward(spec.name, device=self.device, **spec.options)
             self.weights[label] = spec.weight
+            if spec.clip is not None:
+                self.clips[label] = spec.clip
+            if spec.offload:
+                self._offloaded.append(label)
 
     @property
     def labels(self) -> list[str]:
@@ -67,8 +86,25 @@ class RewardMixture:
         batch = check_pairs(images, prompts, self.device)
         with sharing_batches():
             components = {label: reward(batch, prompts) for label, reward in self.rewards.items()}
-        total = torch.zeros(len(prompts), device=self.device)
+        return Scores(self.combine(components), components)
+
+    def combine(self, components: Mapping[str, Tensor]) -> Tensor:
+        """The total [B] of components [B] by label.
+
+        Standard scores depend on the pictures that are combined together: give the whole iteration's.
+        """
+        total = torch.zeros_like(next(iter(components.values())))
         for label, scores in components.items():
-            if self.weights[label]:
-                total = total + self.weights[label] * scores
-        return Scores(total, components)
+            if not self.weights[label]:
+                continue
+            if label in self.clips:
+                scores = scores.clamp(*self.clips[label])
+            if self.normalized:
+                scores = (scores - scores.mean()) / (scores.std(correction=0) + EPSILON)
+            total = total + self.weights[label] * scores
+        return total
+
+    def offload(self) -> None:
+        """Give the memory of the rewards with `offload: true` back; the next call brings them again."""
+        for label in self._offloaded:
+            self.rewards[label].offload()

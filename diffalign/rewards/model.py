@@ -19,6 +19,9 @@ from diffalign.images import to_pil, to_tensor
 Images = Tensor | Sequence[Image.Image]
 T = TypeVar("T")
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What the option `dtype` of a `NetworkReward` may be."""
+
 
 class NonFiniteScore(NumericsError):
     """A score that is NaN or infinite; `index` is the picture's place in the call."""
@@ -51,6 +54,7 @@ class RewardModel(ABC):
     batch_size: int = 32
     """Pictures per forward pass; halved once in a call that runs out of memory."""
     device: torch.device = torch.device("cpu")
+    _offloaded: bool = False
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -75,7 +79,17 @@ class RewardModel(ABC):
     def to(self, device: str | torch.device) -> Self:
         """Move the reward; scores come back on this device."""
         self.device = torch.device(device)
+        self._offloaded = False
         return self
+
+    def offload(self) -> None:
+        """Move the weights to the CPU until the next call, which brings them back to `device`.
+
+        Here by `to`; a reward that shares its weights overrides it.
+        """
+        home = self.device
+        self.to("cpu")
+        self.device, self._offloaded = home, True
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Score pictures, each with its own prompt (pairs, never a cross product).
@@ -92,6 +106,8 @@ class RewardModel(ABC):
             RewardError: the model failed. DeviceError: no memory even for half a batch.
         """
         batch = check_pairs(images, prompts, self.device)
+        if self._offloaded:
+            self.to(self.device)
         with_grad = self.differentiable and torch.is_grad_enabled() and _requires_grad(batch)
         with torch.set_grad_enabled(with_grad):
             scores = self._score_in_batches(batch, list(prompts))
@@ -135,6 +151,28 @@ class RewardModel(ABC):
                 f"reward {self.name} must return one score a picture",
                 why=f"it got {count} pictures and returned {got}",
             )
+
+
+class NetworkReward(RewardModel):
+    """Base of rewards with a neural network: the user sets its precision and its batch size.
+
+    Args:
+        dtype: of the weights and of the computation; preprocessing and scores stay float32.
+        batch_size: pictures per forward pass.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    def __init__(self, *, dtype: str = "float32", batch_size: int = 32) -> None:
+        if dtype not in DTYPES:
+            raise RewardError(
+                f"reward {self.name} cannot compute in dtype {dtype}", hint=f"choose from {', '.join(DTYPES)}"
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise RewardError(
+                f"the batch_size of reward {self.name} must be 1 or more", why=f"got {batch_size!r}"
+            )
+        self.dtype, self.batch_size = DTYPES[dtype], batch_size
 
 
 def check_pairs(images: Images, prompts: Sequence[str], device: torch.device) -> Tensor | list[Image.Image]:

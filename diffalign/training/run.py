@@ -73,7 +73,10 @@ class _Run:
         # Everything that can be wrong with the input is found before the folder exists.
         if processes.is_main:
             self.folder.check(config, resume=self.resume)
-        reward = RewardMixture(config.rewards, processes.device) if config.rewards else None
+        normalized = getattr(config, "reward_mode", "sum") == "normalized_sum"
+        reward = (
+            RewardMixture(config.rewards, processes.device, normalized=normalized) if config.rewards else None
+        )
         denoiser = load_denoiser(
             config.model,
             device=processes.device,

@@ -1,19 +1,18 @@
-"""CLIP: agreement of picture and prompt, with any open_clip model."""
+"""CLIP: agreement of picture and prompt, with any CLIP model of open_clip or transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards import Images, RewardModel
-from diffalign_rewards.backbone import BackboneSpec, shared_backbone
+from diffalign.rewards import Images
+from diffalign_rewards.backbone import DEFAULT_PRETRAINED, BackboneReward, BackboneSpec
 
 
-class CLIPReward(RewardModel):
+class CLIPReward(BackboneReward):
     """Cosine between picture and prompt in CLIP's embedding, -1 to 1 (a good match: about 0.2 to 0.35).
 
     Others publish 100 cos or 2.5 max(cos, 0); that is a weight of the mixture here.
@@ -22,14 +21,15 @@ class CLIPReward(RewardModel):
         architecture: a name of `open_clip.list_models()`; default ViT-L-14-quickgelu. OpenAI's weights need
             the quickgelu variants.
         pretrained: a tag of `open_clip.list_pretrained()`; default openai.
-        checkpoint: instead, a local folder in open_clip's hub layout (open_clip_config.json,
-            open_clip_model.safetensors, tokenizer files), bundled:clip, or a .safetensors file of
-            `architecture`.
+        checkpoint: instead, a local folder of open_clip (open_clip_config.json, open_clip_model.safetensors,
+            tokenizer files) or of transformers (CLIP, SigLIP, SigLIP 2: config.json, model.safetensors,
+            preprocessor_config.json, tokenizer files), such a folder on the hub (`owner/name` or
+            `owner/name@revision`), bundled:clip, or a .safetensors file of `architecture`.
+        dtype, batch_size: as in `NetworkReward`.
     """
 
     name = "clip"
     range = (-1.0, 1.0)
-    differentiable = True
     license = "MIT"
 
     def __init__(
@@ -38,24 +38,15 @@ class CLIPReward(RewardModel):
         architecture: str | None = None,
         pretrained: str | None = None,
         checkpoint: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.spec = BackboneSpec.of(architecture, pretrained, checkpoint)
+        super().__init__(dtype=dtype, batch_size=batch_size)
+        self.spec = replace(BackboneSpec.of(architecture, pretrained, checkpoint), dtype=self.dtype)
+        if self.spec.pretrained != DEFAULT_PRETRAINED:
+            self.license = "of the given model"
         self.to(device)
 
-    @property
-    def parameters(self) -> int:
-        return self.backbone.parameters
-
-    def to(self, device: str | torch.device) -> Self:
-        self.backbone = shared_backbone(self.spec, device)
-        return super().to(device)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._cosine(images, prompts)
-
-    def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        return self._cosine(pictures, prompts)
-
-    def _cosine(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        return (self.backbone.embed_images(images) * self.backbone.embed_texts(prompts)).sum(-1)
+    def judge(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        return self.backbone.cosine(images, prompts)

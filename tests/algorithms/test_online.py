@@ -17,9 +17,13 @@ PROMPTS = [f"prompt {i}" for i in range(8)]
 @pytest.fixture
 def reward(tmp_path):
     """Brightness, as a user's own file."""
-    file = tmp_path / "mine.py"
+    return RewardMixture([brightness(tmp_path)])
+
+
+def brightness(folder):
+    file = folder / "mine.py"
     file.write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3)) * 100\n")
-    return RewardMixture([RewardConfig(name=f"{file}:brightness", label="brightness")])
+    return RewardConfig(name=f"{file}:brightness", label="brightness")
 
 
 def make(denoiser, reward, *, context=None, sampler=None, **options):
@@ -176,3 +180,23 @@ def test_rewards_are_reported_by_component(make_denoiser, reward):
     metrics = algorithm.metrics()
     assert_close(metrics["reward/mean"], metrics["reward/brightness"])
     assert metrics["reward/group_std"] > 0
+
+
+def test_scoring_in_the_background_changes_no_number(make_denoiser, reward):
+    denoiser = make_denoiser()
+    beside, after = (make(denoiser, reward, score_in_background=flag) for flag in (True, False))
+    list(beside.updates(0))
+    list(after.updates(0))
+    assert torch.equal(beside.experience.trajectory.latents, after.experience.trajectory.latents)
+    assert torch.equal(beside.experience.advantages, after.experience.advantages)
+    assert beside.metrics() == after.metrics()
+
+
+def test_standard_scores_are_taken_over_the_whole_iteration(make_denoiser, tmp_path):
+    normalized = RewardMixture([brightness(tmp_path)], normalized=True)
+    algorithm = make(make_denoiser(), normalized, advantage="batch", sample_batch_size=3)
+    list(algorithm.updates(0))
+    metrics = algorithm.metrics()
+    assert abs(metrics["reward/mean"]) < 1e-4
+    assert abs(metrics["reward/std"] - 1) < 1e-3
+    assert metrics["reward/brightness"] > 1  # the component keeps its own scale

@@ -9,7 +9,6 @@ import warnings
 import weakref
 from pathlib import Path
 
-import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -19,6 +18,9 @@ from diffalign_rewards.clip import CLIPReward
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast, SiglipModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from diffalign.errors import DataError, DiffalignError, RewardError
 from diffalign.images import to_pil, to_tensor
@@ -88,11 +90,11 @@ def test_weights_are_frozen_and_scores_carry_no_graph_without_need(reward: CLIPR
 
 def test_long_prompts_keep_their_end_token_and_are_said_once(clip_folder: Path, images: Tensor):
     backbone = Backbone(BackboneSpec.of(None, None, str(clip_folder)), "cpu")
-    end = backbone.tokenizer.tokenizer.eos_token_id
+    end = open_clip.get_tokenizer(f"local-dir:{clip_folder}").tokenizer.eos_token_id
     long = ["a" * 10_000, "b" * 10_000]
     with pytest.warns(UserWarning, match="first 22 tokens of a prompt"):  # 24 with start and end
         first, second = backbone.embed_texts(long)
-    assert (backbone.tokenizer(long)[:, -1] == end).all()
+    assert (backbone.towers.tokenize(long, 24)[:, -1] == end).all()
     assert F.cosine_similarity(first, second, dim=0) < 0.999  # they do not embed alike
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -144,6 +146,156 @@ def test_attributes_say_what_the_reward_is(reward: CLIPReward):
     assert (reward.range, reward.higher_is_better, reward.differentiable) == ((-1.0, 1.0), True, True)
     assert reward.needs_prompt
     assert isinstance(reward, RewardModel)
+
+
+# --- models of transformers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers_clip_folder: Path) -> CLIPReward:
+    return CLIPReward(checkpoint=str(transformers_clip_folder))
+
+
+def test_score_is_the_cosine_that_plain_transformers_computes(transformers_clip_folder, theirs, photographs):
+    prompts = ["a cat", "Two Dogs!", "", "x" * 22] * 4
+    processor = CLIPImageProcessorPil.from_pretrained(transformers_clip_folder)
+    tokenizer = CLIPTokenizer.from_pretrained(transformers_clip_folder)
+    model = CLIPModel.from_pretrained(transformers_clip_folder).eval()
+    with torch.no_grad():
+        out = model(
+            pixel_values=processor(photographs, return_tensors="pt")["pixel_values"],
+            **tokenizer(prompts, padding=True, return_tensors="pt"),
+        )
+    expected = (out.image_embeds * out.text_embeds).sum(-1)  # they are normalised
+    assert expected.std() > 0.01
+    assert_close(theirs(photographs, prompts), expected, rtol=0, atol=1e-5)
+
+
+def test_siglip_score_is_the_cosine_that_plain_transformers_computes(siglip_folder, photographs):
+    prompts = ["a cat", "two dogs", "", "x" * 23] * 4
+    processor = SiglipImageProcessorPil.from_pretrained(siglip_folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(siglip_folder)
+    model = SiglipModel.from_pretrained(siglip_folder).eval()
+    with torch.no_grad():
+        out = model(
+            pixel_values=processor(photographs, return_tensors="pt")["pixel_values"],
+            input_ids=tokenizer(prompts, padding="max_length", max_length=24, return_tensors="pt")[
+                "input_ids"
+            ],
+        )
+    expected = (out.image_embeds * out.text_embeds).sum(-1)
+    assert expected.std() > 0.01
+    reward = CLIPReward(checkpoint=str(siglip_folder))
+    assert_close(reward(photographs, prompts), expected, rtol=0, atol=1e-5)
+    assert_close(reward(photographs, [text.upper() for text in prompts]), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fixture", ["transformers_clip_folder", "siglip_folder"])
+def test_long_prompts_of_transformers_keep_their_end_token(fixture: str, request: pytest.FixtureRequest):
+    folder = str(request.getfixturevalue(fixture))
+    backbone = Backbone(BackboneSpec.of(None, None, folder), "cpu")
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    with pytest.warns(UserWarning, match="first 22 tokens of a prompt"):
+        backbone.embed_texts(["a" * 10_000])
+    assert (backbone.towers.tokenize(["a" * 10_000, "b" * 10_000], 24)[:, -1] == end).all()
+
+
+def test_older_models_that_read_at_the_highest_id_embed_the_same(
+    transformers_clip_folder, theirs, tmp_path, images, prompts
+):
+    folder = Path(shutil.copytree(transformers_clip_folder, tmp_path / "folder"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_close(CLIPReward(checkpoint=str(folder))(images, prompts), theirs(images, prompts))
+
+
+def test_position_ids_of_older_files_are_not_left_over(
+    transformers_clip_folder, theirs, tmp_path, images, prompts
+):
+    folder = Path(shutil.copytree(transformers_clip_folder, tmp_path / "folder"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_close(CLIPReward(checkpoint=str(folder))(images, prompts), theirs(images, prompts))
+
+
+def test_processor_as_transformers_5_saves_it_is_read(
+    transformers_clip_folder, theirs, tmp_path, images, prompts
+):
+    folder = Path(shutil.copytree(transformers_clip_folder, tmp_path / "folder"))
+    CLIPImageProcessorPil.from_pretrained(folder).save_pretrained(tmp_path / "new")
+    settings = json.loads((tmp_path / "new" / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert_close(CLIPReward(checkpoint=str(folder))(images, prompts), theirs(images, prompts))
+
+
+def test_model_of_the_hub_works_offline_once_fetched(
+    transformers_clip_folder, clip_folder, publish, theirs, images, prompts
+):
+    commit = "0123456789" * 4
+    publish("somebody/tiny", commit, *transformers_clip_folder.iterdir())
+    publish("somebody/old", commit, *clip_folder.iterdir())
+    expected = theirs(images, prompts)
+    assert_close(CLIPReward(checkpoint="somebody/tiny")(images, prompts), expected)
+    assert_close(CLIPReward(checkpoint=f"somebody/tiny@{commit}")(images, prompts), expected)
+    assert_close(
+        CLIPReward(checkpoint="somebody/old")(images, prompts),
+        CLIPReward(checkpoint=str(clip_folder))(images, prompts),
+    )
+    refused(
+        "somebody/tiny, .* not cached and cannot be downloaded", checkpoint=f"somebody/tiny@{commit[::-1]}"
+    )
+
+
+def change_config(folder: Path, file: str, **changes: object) -> None:
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | changes))
+
+
+def test_broken_folders_of_transformers_are_named(transformers_clip_folder: Path, tmp_path: Path):
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(transformers_clip_folder, tmp_path / name))
+
+    change_config(copy("naflex"), "config.json", model_type="siglip2")
+    assert "NaFlex" in str(
+        refused("model type siglip2 is not supported", checkpoint=str(tmp_path / "naflex"))
+    )
+
+    (copy("no weights") / "model.safetensors").rename(tmp_path / "no weights" / "pytorch_model.bin")
+    refused("no open_clip_model.safetensors or model.safetensors", checkpoint=str(tmp_path / "no weights"))
+
+    weights = copy("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused("cannot be loaded", checkpoint=str(weights.parent))
+
+    tensors = load_file(copy("missing") / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    tensors["something"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "missing" / "model.safetensors", metadata={"format": "pt"})
+    error = refused("cannot be loaded", checkpoint=str(tmp_path / "missing"))
+    assert error.why == "missing: visual_projection.weight; unexpected: something"
+
+    change_config(copy("other"), "config.json", projection_dim=16)
+    refused("cannot be loaded", checkpoint=str(tmp_path / "other"))
+
+    (copy("no processor") / "preprocessor_config.json").unlink()
+    refused("preprocessor_config.json cannot be read", checkpoint=str(tmp_path / "no processor"))
+
+    change_config(copy("larger"), "preprocessor_config.json", size=224, crop_size=224)
+    assert "takes 64 x 64" in str(refused("does not fit the CLIP model", checkpoint=str(tmp_path / "larger")))
+
+
+def test_tokenizer_that_ends_with_another_token_is_refused(transformers_clip_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(transformers_clip_folder, tmp_path / "folder"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 512  # the start token
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "reads at token 512, the tokenizer ends with 513" in str(
+        refused("does not fit the CLIP model", checkpoint=str(folder))
+    )
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
@@ -226,23 +378,15 @@ def test_options_that_contradict_are_refused(clip_folder: Path):
     assert "openai" in str(refused("no weights laoin", architecture="ViT-B-32", pretrained="laoin"))
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of a hub that cannot be reached."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
 def test_without_network_the_missing_weights_and_the_way_out_are_said(hub_cache: Path):
     error = refused("not cached and cannot be downloaded")
     assert "timm/vit_large_patch14_clip_224.openai, open_clip_model.safetensors" in error.what
-    assert "checkpoint: FOLDER" in str(error)
+    assert "a local copy as the option checkpoint" in str(error)
     assert str(hub_cache) in str(error)
 
 
 def test_published_weights_work_offline_once_fetched(
-    clip_folder: Path, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images, prompts
+    clip_folder: Path, publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images, prompts
 ):
     config = json.loads((clip_folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(clip_folder)
@@ -252,11 +396,7 @@ def test_published_weights_work_offline_once_fetched(
     open_clip.factory._rescan_model_configs()
     published = config["preprocess_cfg"] | {"hf_hub": "somebody/tiny/"}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-Test", {"mine": published})
-    snapshot = hub_cache / "models--somebody--tiny" / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    (hub_cache / "models--somebody--tiny" / "refs").mkdir()
-    (hub_cache / "models--somebody--tiny" / "refs" / "main").write_text("0123")
-    shutil.copy(clip_folder / "open_clip_model.safetensors", snapshot)
+    publish("somebody/tiny", "0123", clip_folder / "open_clip_model.safetensors")
     reward = CLIPReward(architecture="Tiny-Test", pretrained="mine")
     assert_close(reward(images, prompts), CLIPReward(checkpoint=str(clip_folder))(images, prompts))
 

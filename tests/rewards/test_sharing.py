@@ -67,3 +67,34 @@ def test_every_component_owns_its_graph(
     components["clip"].sum().backward()
     components["aesthetic"].sum().backward()
     assert len(forwards) == 2
+
+
+def test_pickscore_clip_and_clip_iqa_of_one_model_cost_one_forward_pass(
+    transformers_clip_folder: Path, images: Tensor, prompts: list[str]
+):
+    options = {"checkpoint": str(transformers_clip_folder)}
+    names = ["pickscore", "clip", "clip_iqa"]
+    mixture = RewardMixture([RewardConfig(name=name, options=options) for name in names])
+    backbones = {id(mixture.rewards[name].backbone) for name in names}
+    assert len(backbones) == 1
+    passes: list[int] = []
+    vision = mixture.rewards["clip"].backbone.model.vision_model
+    hook = vision.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    scores = mixture(images, prompts).components
+    hook.remove()
+    assert passes == [8]
+    scale = mixture.rewards["clip"].backbone.logit_scale
+    assert_close(scores["pickscore"], scale * scores["clip"])
+
+
+def test_another_precision_or_preprocessing_is_another_model(clip_folder: Path):
+    options = {"checkpoint": str(clip_folder)}
+    specs = [
+        RewardConfig(name="clip", options=options),
+        RewardConfig(name="clip", label="half", options=options | {"dtype": "bfloat16"}),
+        RewardConfig(name="hpsv2", options=options),
+    ]
+    mixture = RewardMixture(specs)
+    assert len({id(reward.backbone) for reward in mixture.rewards.values()}) == 3
