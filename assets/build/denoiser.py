@@ -17,7 +17,7 @@ from world import train_tokenizer, write_pictures
 from diffalign.cli.processes import run_in_processes
 
 PICTURES = 30_000
-WRONG_CAPTIONS = 0.2
+WRONG_CAPTIONS = 0.1
 PROCESSES = 2
 
 
