@@ -22,6 +22,7 @@ from pydantic import (
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Options(BaseModel):
@@ -229,8 +230,12 @@ class DDPOConfig(Options):
     """Passes over each iteration's trajectories."""
     updates_per_epoch: PositiveInt = 2
     """Optimizer steps per inner epoch; each takes an equal share of the trajectories."""
+    normalize_ratio: bool = False
+    """GRPO-Guard's ratio normalisation: every timestep weighs and clips alike, instead of as 1 / std."""
+    timestep_range: tuple[Share, Share] = (0.0, 1.0)
+    """Part of each trajectory that is trained on: 0 is the noise, 1 the picture. [0, 0.5]: the noisier half."""
     timestep_fraction: Fraction = 1.0
-    """Share of each trajectory's timesteps that is trained on, drawn anew per iteration."""
+    """Share of those timesteps that is trained on, drawn anew per picture and iteration."""
     sample_batch_size: PositiveInt = 8
     """Pictures per denoiser call while sampling."""
     train_batch_size: PositiveInt = 8
@@ -256,6 +261,10 @@ class DDPOConfig(Options):
                     problems.append(
                         f"{option}: must be 1 for reinforce, which is on-policy (ppo_clip allows more)"
                     )
+        if not self.timestep_range[0] < self.timestep_range[1]:
+            problems.append(
+                f"timestep_range: {list(self.timestep_range)} is empty; the first must be below the second"
+            )
         samples = self.prompts_per_iteration * self.group_size
         if samples < 2:
             problems.append(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffalign.models.base import Conditioning, Denoiser
 from diffalign.seeding import sample_noise
-from diffalign.transitions import Sampler
+from diffalign.transitions import GaussianStep, Sampler
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Transition:
     Args:
         index: position in the sampler; t, t_prev: timesteps.
         x, x_prev: [B, C, H, W] in the storage type, before and after.
+        mean: [B, C, H, W] float32, of the Gaussian that x_prev was drawn from.
         log_prob: [B] float32, mean over latent elements; None where the step is deterministic.
     """
 
@@ -32,6 +33,7 @@ class Transition:
     t_prev: int
     x: Tensor
     x_prev: Tensor
+    mean: Tensor
     log_prob: Tensor | None
 
 
@@ -64,7 +66,7 @@ def rollout(
             log_prob = step.log_prob(x_prev)
         else:
             x_prev = step.mean.to(storage_dtype)
-        yield Transition(index, t, t_prev, x, x_prev, log_prob)
+        yield Transition(index, t, t_prev, x, x_prev, step.mean, log_prob)
         x = x_prev
 
 
@@ -76,24 +78,33 @@ class Trajectory:
         sampler: the kernel and timesteps they were sampled with.
         latents: [N + 1, B, C, H, W] in the storage type, noise first, picture last.
         log_probs: [N, B] float32, means over latent elements; NaN at deterministic steps.
+        means: [N, B, C, H, W] float32, of the steps' Gaussians, where they were kept.
     """
 
     sampler: Sampler
     latents: Tensor
     log_probs: Tensor
+    means: Tensor | None = None
 
     @classmethod
-    def collect(cls, sampler: Sampler, transitions: Iterator[Transition]) -> Trajectory:
+    def collect(
+        cls, sampler: Sampler, transitions: Iterator[Transition], *, keep_means: bool = False
+    ) -> Trajectory:
         """Run a rollout to its end and keep it."""
         latents: list[Tensor] = []
+        means: list[Tensor] = []
         log_probs: list[Tensor] = []
         for step in transitions:
             if not latents:
                 latents.append(step.x)
             latents.append(step.x_prev)
+            if keep_means:
+                means.append(step.mean)
             missing = torch.full((len(step.x),), torch.nan, device=step.x.device)
             log_probs.append(missing if step.log_prob is None else step.log_prob)
-        return cls(sampler, torch.stack(latents), torch.stack(log_probs))
+        return cls(
+            sampler, torch.stack(latents), torch.stack(log_probs), torch.stack(means) if means else None
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
@@ -102,6 +113,9 @@ class Trajectory:
             parts[0].sampler,
             torch.cat([part.latents for part in parts], dim=1),
             torch.cat([part.log_probs for part in parts], dim=1),
+            None
+            if parts[0].means is None
+            else torch.cat([part.means for part in parts if part.means is not None], dim=1),
         )
 
     @property
@@ -114,20 +128,37 @@ class Trajectory:
 
     def replay(
         self, denoiser: Denoiser, conditioning: Conditioning, samples: Tensor, steps: Tensor
-    ) -> Tensor:
-        """Log-probabilities of stored steps under the present policy, with gradients: [K] float32.
+    ) -> GaussianStep:
+        """Stored steps under the present policy, with gradients: the Gaussians of K steps.
 
         Args:
             conditioning: K encoded prompts, those of `samples`.
             samples, steps: [K] indices; any (sample, step) pairs, in any batch size.
-
-        Raises:
-            ValueError: a step is deterministic.
         """
         device = self.latents.device
         samples, steps = samples.to(device), steps.to(device)
-        x, x_prev = self.latents[steps, samples], self.latents[steps + 1, samples]
+        x = self.latents[steps, samples]
         t = self.sampler.timesteps.to(device)[steps]
         t_prev = self.sampler.previous.to(device)[steps]
         prediction = denoiser.predict(x, t, conditioning, self.sampler.guidance_scale)
-        return self.sampler.step(x, prediction, t, t_prev).log_prob(x_prev)
+        return self.sampler.step(x, prediction, t, t_prev)
+
+    def log_ratio(
+        self, step: GaussianStep, samples: Tensor, steps: Tensor, *, normalized: bool = False
+    ) -> Tensor:
+        """log(present policy / sampling policy) of the K stored steps whose Gaussians `replay` gave: [K] float32.
+
+        Args:
+            normalized: `GaussianStep.normalized_log_ratio`, which needs `means`.
+
+        Raises:
+            ValueError: a step is deterministic, or `means` were not kept.
+        """
+        device = self.latents.device
+        samples, steps = samples.to(device), steps.to(device)
+        x_prev = self.latents[steps + 1, samples]
+        if not normalized:
+            return step.log_prob(x_prev) - self.log_probs[steps, samples]
+        if self.means is None:
+            raise ValueError("a normalised ratio needs the means of the rollout: collect(keep_means=True)")
+        return step.normalized_log_ratio(self.means[steps, samples], x_prev)

@@ -48,6 +48,17 @@ class GaussianStep:
         log_density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
         return log_density.flatten(1).mean(dim=1)
 
+    def normalized_log_ratio(self, old_mean: Tensor, x_prev: Tensor) -> Tensor:
+        """log(new / old), re-centred and re-scaled so that every timestep is weighed and clipped alike: [B].
+
+            (log_prob_new - log_prob_old + mean((mu - mu_old)^2) / (2 std^2)) std = mean(z (mu - mu_old))
+
+        with z = (x_prev - mu_old) / std the noise that was drawn (GRPO-Guard's ratio normalisation, whose
+        gradient no longer grows as 1 / std towards the picture).
+        """
+        z = (x_prev.float() - old_mean.float()) / self.std
+        return (z * (self.mean - old_mean.float())).flatten(1).mean(dim=1)
+
     def kl(self, other: GaussianStep) -> Tensor:
         """KL(self || other), averaged over latent elements: [B], nats per element; equal stds required."""
         if not torch.equal(self.std, other.std):

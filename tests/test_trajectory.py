@@ -30,8 +30,9 @@ def ratio_errors(denoiser, trajectory: Trajectory, batch: int) -> list[float]:
     errors = []
     for step in range(STEPS):
         for rows in torch.arange(len(PROMPTS)).split(batch):
-            log_prob = trajectory.replay(denoiser, conditioning[rows], rows, torch.full_like(rows, step))
-            ratio = (log_prob.detach() - trajectory.log_probs[step, rows]).exp()
+            steps = torch.full_like(rows, step)
+            gaussian = trajectory.replay(denoiser, conditioning[rows], rows, steps)
+            ratio = trajectory.log_ratio(gaussian, rows, steps).detach().exp()
             errors.append(float((ratio - 1).abs().max()))
     return errors
 
@@ -60,8 +61,9 @@ def test_rounding_before_scoring_keeps_the_ratio_at_one(make_denoiser, storage, 
     assert trajectory.latents.dtype == storage
     rows = torch.arange(len(PROMPTS))
     for step in sampler.stochastic_steps():
-        log_prob = trajectory.replay(denoiser, conditioning, rows, torch.full_like(rows, step))
-        assert_close(log_prob.detach(), trajectory.log_probs[step], atol=1e-6, rtol=0)
+        steps = torch.full_like(rows, step)
+        log_ratio = trajectory.log_ratio(trajectory.replay(denoiser, conditioning, rows, steps), rows, steps)
+        assert_close(log_ratio.detach(), torch.zeros(len(PROMPTS)), atol=1e-6, rtol=0)
 
 
 def test_scoring_before_rounding_would_move_the_ratio_by_more_than_the_clip_range(make_denoiser):
@@ -85,9 +87,10 @@ def test_replay_takes_any_mix_of_samples_and_steps(make_denoiser):
     denoiser = make_denoiser()
     trajectory = collect(denoiser, SamplerConfig(steps=STEPS))
     samples, steps = torch.tensor([3, 0, 5, 0]), torch.tensor([0, 4, 2, 1])
-    log_prob = trajectory.replay(denoiser, denoiser.encode_prompts(PROMPTS)[samples], samples, steps)
-    assert_close(log_prob.detach(), trajectory.log_probs[steps, samples], atol=1e-5, rtol=0)
-    log_prob.sum().backward()
+    gaussian = trajectory.replay(denoiser, denoiser.encode_prompts(PROMPTS)[samples], samples, steps)
+    log_ratio = trajectory.log_ratio(gaussian, samples, steps)
+    assert_close(log_ratio.detach(), torch.zeros(4), atol=1e-5, rtol=0)
+    log_ratio.sum().backward()
     assert all(p.grad is not None for p in denoiser.trainable_parameters().values())
 
 
@@ -135,3 +138,33 @@ def test_pictures_equal_those_of_the_plain_diffusers_pipeline(
         output_type="pt",
     ).images
     assert_close(ours, theirs.float(), atol=1 / 255, rtol=0)
+
+
+def test_the_normalised_ratio_is_one_before_any_update_and_needs_the_means(make_denoiser):
+    denoiser = make_denoiser()
+    sampler = denoiser.make_sampler(SamplerConfig(steps=STEPS))
+    conditioning = denoiser.encode_prompts(PROMPTS)
+    seeds, rows = range(len(PROMPTS)), torch.arange(len(PROMPTS))
+    kept = Trajectory.collect(sampler, rollout(denoiser, conditioning, sampler, seeds), keep_means=True)
+    steps = torch.full_like(rows, 2)
+    gaussian = kept.replay(denoiser, conditioning, rows, steps)
+    log_ratio = kept.log_ratio(gaussian, rows, steps, normalized=True)
+    assert_close(log_ratio.detach(), torch.zeros(len(PROMPTS)), atol=1e-6, rtol=0)
+    plain = collect(denoiser, SamplerConfig(steps=STEPS))
+    with pytest.raises(ValueError, match="keep_means"):
+        plain.log_ratio(gaussian, rows, steps, normalized=True)
+
+
+def test_means_are_joined_with_their_batches(make_denoiser):
+    denoiser = make_denoiser()
+    sampler = denoiser.make_sampler(SamplerConfig(steps=2))
+    conditioning = denoiser.encode_prompts(PROMPTS)
+    parts = [
+        Trajectory.collect(
+            sampler, rollout(denoiser, conditioning[rows], sampler, rows.tolist()), keep_means=True
+        )
+        for rows in torch.arange(len(PROMPTS)).split(4)
+    ]
+    whole = Trajectory.concatenate(parts)
+    assert whole.means.shape == (2, len(PROMPTS), *denoiser.latent_shape)
+    assert torch.equal(whole.means[:, :4], parts[0].means)

@@ -38,6 +38,23 @@ def test_kl_matches_torch_distributions():
     assert_close(step_of(a, 0.7).kl(step_of(b, 0.7)), expected)
 
 
+def test_the_normalised_ratio_by_hand():
+    old_mean, x_prev = torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([[[[0.2, 0.6]]]])
+    new = GaussianStep(torch.tensor([[[[0.1, 1.2]]]]), torch.tensor([[[[0.4]]]]))
+    # z = (0.2, -0.4) / 0.4 = (0.5, -1), moved by (0.1, 0.2): mean(0.05, -0.2)
+    assert_close(new.normalized_log_ratio(old_mean, x_prev), torch.tensor([-0.075]))
+
+
+def test_the_normalised_ratio_is_the_published_form_of_the_plain_one():
+    draw = torch.Generator().manual_seed(0)
+    old_mean, moved, x_prev = (torch.randn(3, 4, 2, 2, generator=draw) for _ in range(3))
+    std = torch.tensor([0.05, 0.4, 0.9]).view(3, 1, 1, 1)
+    old, new = GaussianStep(old_mean, std), GaussianStep(old_mean + 0.1 * moved, std)
+    drift = ((new.mean - old.mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+    published = (new.log_prob(x_prev) - old.log_prob(x_prev) + drift) * std.flatten()
+    assert_close(new.normalized_log_ratio(old_mean, x_prev), published, atol=1e-4, rtol=1e-4)
+
+
 def test_kl_of_unequal_stds_is_refused():
     with pytest.raises(ValueError, match="equal stds"):
         step_of(ONE, 0.5).kl(step_of(ONE, 0.6))

@@ -1,6 +1,6 @@
 """Stage 3: the UNet, trained by the project's own SFT from random weights.
 
-A fifth of the captions has one attribute wrong, as captions from the web do: the checkpoint learns to draw well,
+A tenth of the captions has one attribute wrong, as captions from the web do: the checkpoint learns to draw well,
 and to trust its prompt too little. That is what alignment can then repair.
 """
 
@@ -17,7 +17,7 @@ from world import train_tokenizer, write_pictures
 from diffalign.cli.processes import run_in_processes
 
 PICTURES = 30_000
-WRONG_CAPTIONS = 0.2
+WRONG_CAPTIONS = 0.1
 PROCESSES = 2
 
 

@@ -22,7 +22,7 @@ from diffalign.models.loading import load_for_inference
 from diffalign.sampling import generate
 
 PROMPTS, PICTURES_PER_PROMPT, WANTED_PAIRS, WANTED_TIES = 400, 3, 400, 20
-SAMPLER = SamplerConfig(steps=20, eta=0.0, guidance_scale=2.0)
+SAMPLER = SamplerConfig(steps=20, eta=0.0, guidance_scale=1.0)
 
 Row = tuple[str, bytes, bytes, float]
 

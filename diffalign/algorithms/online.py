@@ -60,7 +60,7 @@ class OnlineRL:
             config, denoiser, prompts, reward, context,
         )  # fmt: skip
         self.sampler = denoiser.make_sampler(sampler)
-        self.trainable_steps = torch.tensor(self.sampler.stochastic_steps())
+        self.trainable_steps = self._trainable_steps()
         self.statistics = PromptStatistics(config.prompt_buffer, config.prompt_min_count)
         self.experience: Experience | None = None
         self._metrics: dict[str, float] = {}
@@ -76,6 +76,17 @@ class OnlineRL:
                 f"algorithm.updates_per_epoch: {config.updates_per_epoch} does not divide the {share} pictures that "
                 f"each of {context.world} processes samples"
             )
+
+    def _trainable_steps(self) -> Tensor:
+        """Indices of the steps that are trained on: stochastic, and in the configured part of the trajectory."""
+        first, last = (share * len(self.sampler) for share in self.config.timestep_range)
+        steps = [index for index in self.sampler.stochastic_steps() if first <= index + 0.5 < last]
+        if not steps:
+            raise ConfigError(
+                f"algorithm.timestep_range: no stochastic step of {len(self.sampler)} lies in "
+                f"{list(self.config.timestep_range)}"
+            )
+        return torch.tensor(steps)
 
     # Sampling
 
@@ -110,12 +121,10 @@ class OnlineRL:
         seeds = [derive_seed(seed, "rollout", iteration, row * group + i) for row, i in mine]
         return drawn, [drawn[row] for row, _ in mine], seeds
 
-    def _sample_pictures(
-        self, prompts: list[str], seeds: list[int]
-    ) -> tuple[Trajectory, dict[str, Tensor]]:
+    def _sample_pictures(self, prompts: list[str], seeds: list[int]) -> tuple[Trajectory, dict[str, Tensor]]:
         """Trajectories and the components [B] of their rewards."""
         meter, size = self.context.meter, self.config.sample_batch_size
-        storage = getattr(torch, self.config.storage_dtype)
+        storage, keep_means = getattr(torch, self.config.storage_dtype), self.config.normalize_ratio
         parts = []
         batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
         with BackgroundScorer(self.reward, self.denoiser.device) as scorer:
@@ -125,7 +134,7 @@ class OnlineRL:
                     steps = rollout(
                         self.denoiser, conditioning, self.sampler, seeds[rows], storage_dtype=storage
                     )
-                    parts.append(Trajectory.collect(self.sampler, steps))
+                    parts.append(Trajectory.collect(self.sampler, steps, keep_means=keep_means))
                     pictures = self.denoiser.decode(parts[-1].final)
                 scorer.submit(pictures, prompts[rows])
                 if not self.config.score_in_background:
@@ -189,22 +198,22 @@ class OnlineRL:
                 for rows in mixed.split(config.train_batch_size)
             ]
 
-    def _replay(self, experience: Experience, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Present and old log-probabilities [K]."""
+    def _log_ratio(self, experience: Experience, samples: Tensor, steps: Tensor) -> Tensor:
+        """log(present policy / sampling policy) [K]."""
         if self.denoiser.trains_text_encoder:
             conditioning = self.denoiser.encode_prompts([experience.prompts[i] for i in samples.tolist()])
         else:
             conditioning = experience.conditioning[samples.to(self.denoiser.device)]
-        log_probs = experience.trajectory.log_probs
-        old = log_probs[steps.to(log_probs.device), samples.to(log_probs.device)]
-        return experience.trajectory.replay(self.denoiser, conditioning, samples, steps), old
+        trajectory = experience.trajectory
+        step = trajectory.replay(self.denoiser, conditioning, samples, steps)
+        return trajectory.log_ratio(step, samples, steps, normalized=self.config.normalize_ratio)
 
     def loss(self, batch: StepBatch) -> LossOutput:
         assert self.experience is not None
-        log_prob, old_log_prob = self._replay(self.experience, batch.samples, batch.steps)
+        log_ratio = self._log_ratio(self.experience, batch.samples, batch.steps)
         if self.config.objective == "reinforce":
-            return reinforce(log_prob, batch.advantages)
-        return ppo_clip(log_prob, old_log_prob, batch.advantages, clip_range=self.config.clip_range)
+            return reinforce(log_ratio, batch.advantages)
+        return ppo_clip(log_ratio, batch.advantages, clip_range=self.config.clip_range)
 
     def _check_ratio(self, experience: Experience) -> None:
         """Before any update the importance ratio must be 1 at every timestep, in the batches training uses."""
@@ -213,8 +222,8 @@ class OnlineRL:
         steps = self.trainable_steps.repeat_interleave(count)
         worst, worst_step = 0.0, int(self.trainable_steps[0])
         for rows in torch.arange(len(samples)).split(self.config.train_batch_size):
-            log_prob, old = self._replay(experience, samples[rows], steps[rows])
-            deviation = ((log_prob.detach() - old).exp() - 1).abs().nan_to_num(nan=torch.inf)
+            log_ratio = self._log_ratio(experience, samples[rows], steps[rows])
+            deviation = (log_ratio.detach().exp() - 1).abs().nan_to_num(nan=torch.inf)
             if float(deviation.max()) > worst:
                 worst, worst_step = float(deviation.max()), int(steps[rows][int(deviation.argmax())])
         self.ratio_error = worst

@@ -224,7 +224,16 @@ def _load_single_file(path: Path, config: ModelConfig) -> StableDiffusionPipelin
     options.pop("feature_extractor")
     if config.single_file_config is not None:
         options["config"] = str(resolve(config.single_file_config))
-    return StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
+    try:
+        return StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
+    except NotImplementedError as error:  # a weight that no tensor of the file has filled
+        raise CheckpointError(
+            f"{config.path} lacks some of the weights of its pipeline",
+            where=str(path),
+            why=_first_line(error),
+            hint="a file with the UNet alone does not do: give a full checkpoint, or the matching "
+            "model.single_file_config",
+        ) from error
 
 
 def _load_hub(config: ModelConfig) -> StableDiffusionPipeline:

@@ -200,3 +200,31 @@ def test_standard_scores_are_taken_over_the_whole_iteration(make_denoiser, tmp_p
     assert abs(metrics["reward/mean"]) < 1e-4
     assert abs(metrics["reward/std"] - 1) < 1e-3
     assert metrics["reward/brightness"] > 1  # the component keeps its own scale
+
+
+def test_a_timestep_range_keeps_that_part_of_each_trajectory(make_denoiser, reward):
+    algorithm = make(make_denoiser(), reward, timestep_range=(0.0, 0.6))
+    steps = {int(step) for update in algorithm.updates(0) for batch in update for step in batch.steps}
+    assert steps == {0, 1, 2}  # of five; the middle of step 2 lies at 0.5, that of step 3 at 0.7
+    with pytest.raises(ConfigError, match="no stochastic step"):
+        make(make_denoiser(), reward, timestep_range=(0.31, 0.32))
+
+
+def test_the_normalised_ratio_weighs_steps_by_their_std(make_denoiser, reward):
+    """Its gradient at ratio one is the plain one's times std, step by step."""
+    denoiser = make_denoiser(full=True)
+    gradients = {}
+    for normalized in (False, True):
+        algorithm = make(denoiser, reward, normalize_ratio=normalized)
+        next(iter(algorithm.updates(0)))
+        experience, samples = algorithm.experience, torch.arange(4)
+        for step in range(5):
+            denoiser.unet.zero_grad()
+            algorithm._log_ratio(experience, samples, torch.full((4,), step)).sum().backward()
+            parameter = next(iter(denoiser.trainable_parameters().values()))
+            gradients[normalized, step] = parameter.grad.clone()
+    like = torch.zeros(5, 1, 1, 1)
+    sampler = algorithm.sampler
+    std = sampler.step(like, like, sampler.timesteps, sampler.previous).std.flatten()
+    for step in range(5):
+        assert_close(gradients[True, step], gradients[False, step] * std[step], rtol=1e-3, atol=1e-8)

@@ -33,9 +33,10 @@ def worst_ratio(denoiser, trajectory: Trajectory, batch: int) -> float:
     worst = 0.0
     for step in range(STEPS):
         for rows in torch.arange(len(PROMPTS)).split(batch):
-            log_prob = trajectory.replay(denoiser, conditioning[rows], rows, torch.full_like(rows, step))
-            assert log_prob.requires_grad
-            log_ratio = log_prob.detach() - trajectory.log_probs[step, rows]
+            steps = torch.full_like(rows, step)
+            gaussian = trajectory.replay(denoiser, conditioning[rows], rows, steps)
+            assert gaussian.mean.requires_grad
+            log_ratio = trajectory.log_ratio(gaussian, rows, steps).detach()
             worst = max(worst, float((log_ratio.exp() - 1).abs().max()))
     return worst
 

@@ -1,0 +1,122 @@
+"""A single .safetensors file in the layout of the original Stable Diffusion loads like the folder it came from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffalign.config import ModelConfig, SamplerConfig
+from diffalign.errors import CheckpointError
+from diffalign.models.loading import load_denoiser
+from diffalign.sampling import generate
+
+LAYERS = 1  # of the tiny pipeline, per block
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+
+
+def original_unet_key(key: str, attention: set[str]) -> str:
+    """diffusers' name of a UNet weight -> its name in the CompVis layout."""
+    for ours, theirs in UNET.items():
+        if key.startswith(ours + "."):
+            return theirs + key[len(ours) :]
+    if ".resnets." in key:
+        for ours, theirs in RESNET.items():
+            key = key.replace(f".{ours}.", f".{theirs}.")
+    if match := re.match(r"mid_block\.(\w+\.\d)\.(.*)", key):
+        return f"middle_block.{MIDDLE[match[1]]}.{match[2]}"
+    match = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", key)
+    assert match, key
+    way, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if kind == "downsamplers":
+        return f"input_blocks.{(block + 1) * (LAYERS + 1)}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        place = 2 if f"up_blocks.{block}" in attention else 1
+        return f"output_blocks.{block * (LAYERS + 1) + LAYERS}.{place}.{rest}"
+    number = block * (LAYERS + 1) + index + (way == "down")
+    return f"{'input' if way == 'down' else 'output'}_blocks.{number}.{int(kind == 'attentions')}.{rest}"
+
+
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def original_vae_entry(key: str, value: Tensor, blocks: int) -> tuple[str, Tensor]:
+    key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    if match := re.match(r"(\w+)\.mid_block\.attentions\.0\.(.*)\.(weight|bias)", key):
+        key = f"{match[1]}.mid.attn_1.{VAE_ATTENTION[match[2]]}.{match[3]}"
+        return key, value[:, :, None, None] if value.ndim == 2 else value  # 1x1 convolutions there
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    key = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", key)
+    key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
+    key = re.sub(
+        r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{blocks - 1 - int(m[1])}.block.{m[2]}", key
+    )
+    return re.sub(
+        r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", key
+    ), value
+
+
+def write_original_layout(pipeline: StableDiffusionPipeline, file: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    unet = pipeline.unet.state_dict()
+    attention = {".".join(key.split(".")[:2]) for key in unet if ".attentions." in key}
+    for key, value in unet.items():
+        tensors[f"model.diffusion_model.{original_unet_key(key, attention)}"] = value
+    for key, value in pipeline.vae.state_dict().items():
+        name, tensor = original_vae_entry(key, value, len(pipeline.vae.config.block_out_channels))
+        tensors[f"first_stage_model.{name}"] = tensor
+    for key, value in pipeline.text_encoder.state_dict().items():
+        tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+
+
+def test_a_single_file_draws_the_pictures_of_its_folder(tiny_pipeline_dir, tmp_path):
+    file = tmp_path / "model.safetensors"
+    write_original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir), file)
+    folder = load_denoiser(ModelConfig(path=str(tiny_pipeline_dir), lora=None))
+    single = load_denoiser(ModelConfig(path=str(file), single_file_config=str(tiny_pipeline_dir), lora=None))
+    sampler = SamplerConfig(steps=3, eta=0.0, guidance_scale=2.0)
+    expected = generate(folder, ["a", "bc"], [0, 1], sampler, 2)
+    torch.testing.assert_close(generate(single, ["a", "bc"], [0, 1], sampler, 2), expected)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_every_weight_of_a_single_file_arrives(part, tiny_pipeline_dir, tmp_path):
+    file = tmp_path / "model.safetensors"
+    original = StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir)
+    write_original_layout(original, file)
+    loaded = load_denoiser(ModelConfig(path=str(file), single_file_config=str(tiny_pipeline_dir), lora=None))
+    found = getattr(loaded.pipeline, part).state_dict()
+    for key, value in getattr(original, part).state_dict().items():
+        torch.testing.assert_close(found[key], value, msg=key)
+
+
+def test_a_single_file_with_a_weight_missing_is_refused(tiny_pipeline_dir, tmp_path):
+    file = tmp_path / "model.safetensors"
+    write_original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir), file)
+    tensors = load_file(file)
+    del tensors["model.diffusion_model.time_embed.0.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="lacks some of the weights"):
+        load_denoiser(ModelConfig(path=str(file), single_file_config=str(tiny_pipeline_dir), lora=None))
