@@ -85,7 +85,9 @@ def test_published_weights_work_offline_once_fetched(
     publish(repository, revision, *(files[name] for name in weights))
     with pytest.raises(RewardError, match=r"laion/CLIP-ViT-H-14-laion2B-s32B-b79K.* is not cached") as error:
         PickScoreReward()
-    assert f"--include '*.json' --include '*.txt' --revision {pickscore.PROCESSOR.split('@')[1]}" in str(error.value)
+    assert f"--include '*.json' --include '*.txt' --revision {pickscore.PROCESSOR.split('@')[1]}" in str(
+        error.value
+    )
     repository, revision = hub_id(pickscore.PROCESSOR)
     publish(repository, revision, *(file for name, file in files.items() if name not in weights))
     assert_close(PickScoreReward()(images, prompts), reward(images, prompts))
