@@ -27,11 +27,17 @@ from diffalign.rewards import (
 
 BUILT_IN = [
     "aesthetic",
+    "brightness",
     "clip",
+    "clip_iqa",
+    "color",
+    "hpsv2",
     "http",
+    "imagereward",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "ocr",
+    "pickscore",
     "shapes",
     "shapes_accuracy",
     "vlm",

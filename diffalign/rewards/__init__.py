@@ -9,13 +9,14 @@ Rewards are found by entry point (group `diffalign.rewards`), so any installed p
 
 from diffalign.rewards.background import BackgroundScorer
 from diffalign.rewards.mixture import RewardMixture, Scores
-from diffalign.rewards.model import Images, NonFiniteScore, RewardModel, once_per_batch
+from diffalign.rewards.model import Images, NetworkReward, NonFiniteScore, RewardModel, once_per_batch
 from diffalign.rewards.registry import CallableReward, available_rewards, load_reward
 
 __all__ = [
     "BackgroundScorer",
     "CallableReward",
     "Images",
+    "NetworkReward",
     "NonFiniteScore",
     "RewardMixture",
     "RewardModel",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import RewardError
-from diffalign.rewards import RewardModel
-from diffalign_rewards.backbone import DEFAULT_ARCHITECTURE, DEFAULT_PRETRAINED, BackboneSpec, shared_backbone
+from diffalign.rewards import Images
+from diffalign_rewards.backbone import DEFAULT_ARCHITECTURE, DEFAULT_PRETRAINED, BackboneReward, BackboneSpec
 from diffalign_rewards.weights import Published, fetch, local_path, read_tensors
 
 HEADS = {
@@ -31,7 +31,7 @@ HEADS = {
 _LICENSES = {"v2": "Apache-2.0", "v1": "MIT"}
 
 
-class AestheticReward(RewardModel):
+class AestheticReward(BackboneReward):
     """LAION aesthetic score of the picture (v2: about 3 to 7.5; v1: 1 to 10).
 
     Args:
@@ -39,10 +39,10 @@ class AestheticReward(RewardModel):
         head: a file instead: .safetensors or .pth with `weight` [1, D] and `bias` [1], or with the layers of
             the v2 MLP (`layers.N.weight`, `layers.N.bias`).
         architecture, pretrained, checkpoint: the CLIP model, as in the reward `clip`.
+        dtype, batch_size: as in `NetworkReward`.
     """
 
     name = "aesthetic"
-    differentiable = True
     needs_prompt = False
 
     def __init__(
@@ -53,9 +53,12 @@ class AestheticReward(RewardModel):
         architecture: str | None = None,
         pretrained: str | None = None,
         checkpoint: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.spec = BackboneSpec.of(architecture, pretrained, checkpoint)
+        super().__init__(dtype=dtype, batch_size=batch_size)
+        self.spec = replace(BackboneSpec.of(architecture, pretrained, checkpoint), dtype=self.dtype)
         if head is None:
             self.weight, self.bias = self._published_head(version or "v2")
             self.license = _LICENSES[version or "v2"]
@@ -94,18 +97,14 @@ class AestheticReward(RewardModel):
 
     @property
     def parameters(self) -> int:
-        return self.backbone.parameters + len(self.weight) + 1
+        return super().parameters + len(self.weight) + 1
 
     def to(self, device: str | torch.device) -> Self:
-        self.backbone = shared_backbone(self.spec, device)
         self.weight, self.bias = self.weight.to(device), self.bias.to(device)
         return super().to(device)
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def judge(self, images: Images, prompts: Sequence[str]) -> Tensor:
         return self.backbone.embed_images(images) @ self.weight + self.bias
-
-    def score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        return self.backbone.embed_images(pictures) @ self.weight + self.bias
 
 
 def affine_head(tensors: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:

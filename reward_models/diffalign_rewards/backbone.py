@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import RewardError
-from diffalign.rewards import Images, once_per_batch
-from diffalign.rewards.model import NetworkReward
+from diffalign.rewards import Images, NetworkReward, once_per_batch
 from diffalign_rewards.open_clip_towers import load_open_clip
 from diffalign_rewards.towers import Shortener
 from diffalign_rewards.transformers_towers import CONFIG, FILES, load_transformers

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.errors import RewardError
-from diffalign.rewards.model import NetworkReward
+from diffalign.rewards import NetworkReward
 from diffalign_rewards.blip import BLIP, Sizes
 from diffalign_rewards.preprocessing import Preprocessing
 from diffalign_rewards.towers import Shortener
