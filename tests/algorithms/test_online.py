@@ -227,4 +227,4 @@ def test_the_normalised_ratio_weighs_steps_by_their_std(make_denoiser, reward):
     sampler = algorithm.sampler
     std = sampler.step(like, like, sampler.timesteps, sampler.previous).std.flatten()
     for step in range(5):
-        assert_close(gradients[True, step], gradients[False, step] * std[step], rtol=1e-3, atol=1e-8)
+        assert_close(gradients[True, step], gradients[False, step] * std[step], rtol=1e-2, atol=1e-7)
