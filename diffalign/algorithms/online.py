@@ -84,7 +84,9 @@ class OnlineRL:
         if not steps:
             raise ConfigError(
                 f"algorithm.timestep_range: no stochastic step of {len(self.sampler)} lies in "
-                f"{list(self.config.timestep_range)}"
+                f"{list(self.config.timestep_range)}",
+                why="step i of n lies at (i + 0.5) / n; steps without noise cannot be trained on",
+                hint="widen the range, or raise sampler.steps",
             )
         return torch.tensor(steps)
 

@@ -39,7 +39,7 @@ class CaptionedImages:
         self._table: ParquetTable | None = None
         self._files: list[Path] = []
         if path.is_dir():
-            found = _find_pictures(path)
+            found = find_pictures(path)
             captioned = (
                 _from_metadata(path, found, config) if (path / METADATA).exists() else _sidecars(found)
             )
@@ -75,7 +75,7 @@ class CaptionedImages:
         return to_tensor([resize_crop(open_image(source, where), resolution)])[0]
 
 
-def _find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path) -> list[Path]:
     """Pictures below `folder`, by relative path; hidden files (macOS writes ._name.jpg) are left out."""
     files = [
         file

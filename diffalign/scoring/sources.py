@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from diffalign.assets import resolve
 from diffalign.config import ImagesConfig, PairsConfig
-from diffalign.data.images import METADATA, SUFFIXES, CaptionedImages
+from diffalign.data.images import METADATA, SUFFIXES, CaptionedImages, find_pictures
 from diffalign.data.preferences import PairSet, PreferencePairs
 from diffalign.data.prompts import load_prompts
 from diffalign.data.tables import open_table, picture_source
@@ -116,18 +116,7 @@ class FolderPictures(PictureFiles):
     """All pictures below a folder, named relative to it; prompts in metadata.jsonl, or in .txt files."""
 
     def __init__(self, folder: Path) -> None:
-        found = [
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        ]
-        if not found:
-            raise DataError(
-                "no pictures in this folder",
-                where=str(folder),
-                why=f"looked for {', '.join(sorted(SUFFIXES))}, in subfolders too",
-            )
-        super().__init__(sorted(found, key=Path.as_posix), str(folder.absolute()))
+        super().__init__(find_pictures(folder), str(folder.absolute()))
         self._folder = folder
         self.files = [storable(path.relative_to(folder.absolute()).as_posix()) for path in self._paths]
 

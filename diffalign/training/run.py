@@ -73,7 +73,7 @@ class _Run:
         # Everything that can be wrong with the input is found before the folder exists.
         if processes.is_main:
             self.folder.check(config, resume=self.resume)
-        normalized = getattr(config, "reward_mode", "sum") == "normalized_sum"
+        normalized = isinstance(config, DDPORun) and config.reward_mode == "normalized_sum"
         reward = (
             RewardMixture(config.rewards, processes.device, normalized=normalized) if config.rewards else None
         )
