@@ -10,7 +10,7 @@ from torch import Tensor
 from diffalign.config import SamplerConfig
 from diffalign.errors import ConfigError
 from diffalign.models.base import Denoiser
-from diffalign.models.stable_diffusion import StableDiffusion
+from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.trajectory import rollout
 
 
@@ -19,7 +19,7 @@ def guide_away_from(denoiser: Denoiser, negative: Denoiser, sampler: SamplerConf
 
     Raises:
         ConfigError: the sampler does not guide, so the negative would do nothing; or a model that cannot take one.
-        CheckpointError: the two do not fit, see `StableDiffusion.guide_away_from`.
+        CheckpointError: the two do not fit, see `DiffusersDenoiser.guide_away_from`.
     """
     if sampler.guidance_scale == 1:
         raise ConfigError(
@@ -27,7 +27,7 @@ def guide_away_from(denoiser: Denoiser, negative: Denoiser, sampler: SamplerConf
             why="it takes the place of the prediction without a prompt, which guidance scale 1 does not use",
             hint="give a --guidance-scale other than 1 (5 to 7.5 is usual), or leave --negative out",
         )
-    if not isinstance(denoiser, StableDiffusion):
+    if not isinstance(denoiser, DiffusersDenoiser):
         raise ConfigError(f"a {type(denoiser).__name__} takes no negative model", hint="leave --negative out")
     denoiser.guide_away_from(negative)
 

@@ -60,6 +60,14 @@ class ForwardProcess(ABC):
         alpha, sigma = self.levels(t)
         return (alpha / sigma).square().float()
 
+    def same_levels(self, other: ForwardProcess) -> bool:
+        """Whether both have the same timesteps, and the same alpha and sigma at each, to 1e-6."""
+        if self.num_timesteps != other.num_timesteps:
+            return False
+        t = torch.arange(-1, self.num_timesteps)
+        ours, theirs = self.levels(t), other.levels(t)
+        return all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t [B, ...] from x_0 and eps of that shape, at t [B]; float32."""
         alpha, sigma = self.alpha_sigma(t, x0)

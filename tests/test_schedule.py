@@ -116,3 +116,14 @@ def test_the_snr_of_a_flow():
 def test_a_flow_without_levels_is_refused(timesteps, shift):
     with pytest.raises(ValueError, match="a flow needs two timesteps or more and a positive shift"):
         FlowSchedule(timesteps, shift)
+
+
+def test_schedules_have_the_same_levels_or_not():
+    table = torch.linspace(0.99, 0.01, 10)
+    schedule = NoiseSchedule(table)
+    assert schedule.same_levels(NoiseSchedule(table, "v_prediction"))
+    assert not schedule.same_levels(NoiseSchedule(table, final_alpha_cumprod=0.99))
+    assert not schedule.same_levels(NoiseSchedule(table[:9]))
+    assert not schedule.same_levels(NoiseSchedule(table - 1e-3))
+    assert FlowSchedule(10, 3.0).same_levels(FlowSchedule(10, 3.0))
+    assert not FlowSchedule(10, 3.0).same_levels(FlowSchedule(10))

@@ -30,6 +30,11 @@ class SamplingArgs:
     """Seed of the first picture; the others count up from it."""
     steps: Annotated[int | None, optional("INT")] = None
     """Denoising steps per picture. Default: as a run in the command was evaluated, else 50."""
+    sampler_kind: Annotated[
+        Literal["ddim", "ddpm", "euler", "flow_sde", "cps", "dance_sde"] | None, optional("NAME")
+    ] = None
+    """Transition kernel: ddim or ddpm for diffusion; euler, flow_sde, cps or dance_sde for flow models (SD 3, FLUX).
+    Default: as the run's, else ddim."""
     eta: Annotated[float | None, optional("FLOAT")] = None
     """DDIM noise scale: 0 is deterministic, 1 as noisy as DDPM. Default: as the run's, else 0."""
     guidance_scale: Annotated[float | None, optional("FLOAT")] = None
@@ -64,7 +69,11 @@ class SamplingArgs:
         ]
         evaluation = EvaluationConfig() if run is None else run.evaluation
         given = {"steps": self.steps, "eta": self.eta, "guidance_scale": self.guidance_scale}
-        options = evaluation.sampler.model_dump() | {k: v for k, v in given.items() if v is not None}
+        options = evaluation.sampler.model_dump()
+        if self.sampler_kind not in (None, evaluation.sampler.kind):
+            options |= {"kind": self.sampler_kind, "noise_level": None}
+            options["eta"] = 0.0 if self.sampler_kind == "ddim" else 1.0  # what leaving it out means
+        options |= {name: value for name, value in given.items() if value is not None}
         try:
             sampler = SamplerConfig(**options)
         except ValidationError as error:

@@ -15,8 +15,9 @@ class LoRAConfig(Options):
     """Rank of the low-rank update of each target module."""
     alpha: PositiveFloat | None = None
     """Scale numerator: the update is multiplied by alpha / rank. Default: alpha = rank."""
-    target_modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]
-    """Suffixes of the UNet's module names that get an adapter."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
+    """Suffixes of the denoising network's module names that get an adapter. Default: the projections of its attention
+    (to_q, to_k, to_v, to_out.0; in the joint attention of SD 3 and FLUX also those of the prompt)."""
 
 
 class ModelConfig(Options):
@@ -35,9 +36,9 @@ class ModelConfig(Options):
     single_file_config: str | None = None
     """Folder or hub id with a single file's configuration and tokenizer. Default: diffusers' guess (hub)."""
     lora: LoRAConfig | None = LoRAConfig()
-    """Train an adapter; null trains all weights of the UNet."""
+    """Train an adapter; null trains all weights of the denoising network."""
     train_text_encoder: bool = False
-    """Train the text encoder too (by LoRA or in full, as the UNet)."""
+    """Train the CLIP text encoders too (by LoRA or in full, as the denoising network). T5 always stays as it is."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage and compute type of the VAE, apart from the rest."""
     vae_slicing: bool = False

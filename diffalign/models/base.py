@@ -6,37 +6,51 @@ Latents are NCHW and scaled to about unit variance; pictures are NCHW float32 in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.config import SamplerConfig
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import ForwardProcess
 from diffalign.transitions import Sampler
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts.
+    """Encoded prompts, and what the network is given where there is no prompt.
 
     Args:
         embeddings: [B, L, C], one row per prompt.
-        unconditional: [1, L, C], the empty prompt, for classifier-free guidance.
+        unconditional: [1, L, C], no prompt, for classifier-free guidance.
+        extra: name -> [B, ...], whatever else a family tells its network (pooled embeddings, picture sizes).
+        unconditional_extra: the same names -> [1, ...].
     """
 
     embeddings: Tensor
     unconditional: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    unconditional_extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
         """The prompts at `rows` (an index tensor or a slice)."""
-        return Conditioning(self.embeddings[rows], self.unconditional)
+        extra = {name: value[rows] for name, value in self.extra.items()}
+        return replace(self, embeddings=self.embeddings[rows], extra=extra)
+
+    def after_unconditional(self) -> Conditioning:
+        """2B rows for one guided pass: "no prompt" B times, then the B prompts."""
+        extra = {name: _below(self.unconditional_extra[name], value) for name, value in self.extra.items()}
+        return replace(self, embeddings=_below(self.unconditional, self.embeddings), extra=extra)
+
+
+def _below(one: Tensor, many: Tensor) -> Tensor:
+    return torch.cat([one.expand_as(many), many])
 
 
 class Denoiser(ABC):
@@ -50,7 +64,7 @@ class Denoiser(ABC):
         trains_text_encoder: prompts must be encoded inside the loss, with gradients.
     """
 
-    schedule: NoiseSchedule
+    schedule: ForwardProcess
     device: torch.device
     resolution: int
     latent_shape: tuple[int, int, int]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
@@ -20,16 +19,14 @@ from diffalign.assets import resolve
 from diffalign.config import ModelConfig
 from diffalign.errors import CheckpointError, DeviceError
 from diffalign.models.base import Denoiser
-from diffalign.models.stable_diffusion import StableDiffusion
+from diffalign.models.diffusers_denoiser import DiffusersDenoiser
+from diffalign.models.families import family_of, pipeline_of_file, require_supported
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAMILIES: dict[str, tuple[Any, type[StableDiffusion]]] = {
-    "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusion)
-}
-"""Pipeline class named in model_index.json -> how to load it, and its Denoiser. A new family adds one line."""
 PART_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 """Libraries that a model_index.json may take its parts from; stable_diffusion is diffusers' old safety checker."""
+_ENCODER_PARTS = ("text_encoder", "tokenizer")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -67,17 +64,18 @@ def load_denoiser(
     channels_last: bool = True,
     trainable: bool = False,
     seed: int = 0,
-) -> StableDiffusion:
+) -> DiffusersDenoiser:
     """Build the model of a run.
 
     Raises:
-        CheckpointError: nothing there, not safetensors, damaged, or not Stable Diffusion.
+        CheckpointError: nothing there, not safetensors, damaged, or of no supported family.
         DeviceError: fp16 without a GPU.
     """
     device = pick_device(device) if isinstance(device, str) else device
     compute_dtype = pick_compute_dtype(mixed_precision, device)
-    return StableDiffusion(
-        load_pipeline(config),
+    pipeline = load_pipeline(config)
+    return family_of(type(pipeline).__name__)(
+        pipeline,
         config,
         device=device,
         compute_dtype=compute_dtype,
@@ -105,12 +103,13 @@ def _result_of_run(path: Path) -> Path:
     return path / "final" if (path / "final").is_dir() else path
 
 
-def _fuse_adapter(pipeline: StableDiffusionPipeline, file: Path) -> None:
+def _fuse_adapter(pipeline: Any, file: Path) -> None:
     """Add a LoRA to the pipeline's weights. Raises CheckpointError for a file that is damaged or of another model."""
+    family = family_of(type(pipeline).__name__)
     try:
         # By its place, not as tensors: alpha is in the file's metadata.
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
-        pipeline.fuse_lora()
+        pipeline.fuse_lora(components=[family.network_name, *family.trained_encoders])
         pipeline.unload_lora_weights()
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -136,13 +135,13 @@ def _base_of(final: Path) -> ModelConfig:
     return load_config(run_config).model
 
 
-def load_pipeline(config: ModelConfig) -> StableDiffusionPipeline:
+def load_pipeline(config: ModelConfig) -> Any:
     """The diffusers pipeline at `config.path`, float32, without safety checker.
 
     A run folder, or its final/, is what the run made: a later run starts from there.
 
     Raises:
-        CheckpointError: nothing there, not safetensors, damaged, or not Stable Diffusion.
+        CheckpointError: nothing there, not safetensors, damaged, or of no supported family.
     """
     if (
         os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1"
@@ -153,7 +152,7 @@ def load_pipeline(config: ModelConfig) -> StableDiffusionPipeline:
     if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{config.path} is a pickle checkpoint, which can run code when it is opened",
-            hint="convert it once where you trust it: StableDiffusionPipeline.from_single_file(path)"
+            hint="convert it once where you trust it, with diffusers: StableDiffusionPipeline.from_single_file(path)"
             ".save_pretrained(folder, safe_serialization=True)",
         )
     try:
@@ -162,12 +161,11 @@ def load_pipeline(config: ModelConfig) -> StableDiffusionPipeline:
         if path.is_file():
             return _load_single_file(path, config)
         if path.is_dir():
-            _check_folder(path, config)
-            return _load_folder(str(path), config)
+            return _load_folder(str(path), config, *_check_folder(path, config))
         return _load_hub(config)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"cannot load a Stable Diffusion checkpoint from {config.path}",
+            f"cannot load a checkpoint from {config.path}",
             where=str(path),
             why=_first_line(error),
             hint="a truncated or mixed-up file looks like this: download it again, or try `diffalign doctor`",
@@ -182,14 +180,15 @@ def load_pipeline(config: ModelConfig) -> StableDiffusionPipeline:
         ) from error
 
 
-def _with_lora(final: Path) -> StableDiffusionPipeline:
+def _with_lora(final: Path) -> Any:
     """The base model of a LoRA run with what the run learned added to its weights."""
     pipeline = load_pipeline(_base_of(final))
     _fuse_adapter(pipeline, final / LORA_FILE)
     return pipeline
 
 
-def _check_folder(path: Path, config: ModelConfig) -> None:
+def _check_folder(path: Path, config: ModelConfig) -> tuple[type[DiffusersDenoiser], list[str]]:
+    """The family of a folder that has all its weights as safetensors, and the text encoders that it does without."""
     index_file = path / "model_index.json"
     if not index_file.is_file():
         raise CheckpointError(
@@ -202,8 +201,10 @@ def _check_folder(path: Path, config: ModelConfig) -> None:
         index = json.loads(index_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index_file} is not JSON", why=_first_line(error)) from error
-    _check_index(index, config, index_file)
-    for part in ("unet", "vae", "text_encoder"):
+    family, without = _check_index(index, config, index_file)
+    for part in (family.network_name, "vae", *family.encoder_names):
+        if part in without:
+            continue
         files = [file.suffix for file in (path / part).glob("*")] if (path / part).is_dir() else []
         if ".safetensors" in files:
             continue
@@ -216,17 +217,16 @@ def _check_folder(path: Path, config: ModelConfig) -> None:
             else "the weights are missing",
             hint="save the pipeline again with save_pretrained(folder, safe_serialization=True)",
         )
+    return family, without
 
 
-def _check_index(index: Any, config: ModelConfig, file: Path) -> None:
-    """A pipeline of ours, made of parts of known libraries: diffusers imports whatever module the index names."""
-    family = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise CheckpointError(
-            f"{config.path} is a {family}, not a Stable Diffusion 1.x or 2.x checkpoint",
-            where=str(file),
-            hint=f"supported pipelines: {', '.join(FAMILIES)}",
-        )
+def _check_index(index: Any, config: ModelConfig, file: Path) -> tuple[type[DiffusersDenoiser], list[str]]:
+    """The family, and the text encoders that it does without, of a pipeline of ours.
+
+    Its parts must be of known libraries: diffusers imports whatever module the index names.
+    """
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    family = require_supported(name, config, file)
     for part, value in index.items():
         if isinstance(value, list) and (not value or value[0] not in PART_LIBRARIES):
             raise CheckpointError(
@@ -234,49 +234,47 @@ def _check_index(index: Any, config: ModelConfig, file: Path) -> None:
                 where=str(file),
                 why=f"{value}; known are {', '.join(filter(None, PART_LIBRARIES))}",
             )
+    return family, [part for part in family.optional_encoders if index.get(part) in (None, [None, None])]
 
 
-_LOAD_OPTIONS: dict[str, Any] = {
-    "safety_checker": None,
-    "requires_safety_checker": False,
-    "feature_extractor": None,
-}
-
-
-def _load_folder(path: str, config: ModelConfig) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(
+def _load_folder(path: str, config: ModelConfig, family: type[DiffusersDenoiser], without: list[str]) -> Any:
+    absent = {name.replace("text_encoder", kind): None for name in without for kind in _ENCODER_PARTS}
+    return family.pipeline_class.from_pretrained(
         path,
         revision=config.revision,
         variant=config.variant,
         dtype=torch.float32,
         use_safetensors=True,
-        **_LOAD_OPTIONS,
+        **family.load_options,
+        **absent,
     )
 
 
-def _load_single_file(path: Path, config: ModelConfig) -> StableDiffusionPipeline:
+def _load_single_file(path: Path, config: ModelConfig) -> Any:
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{config.path} is not a .safetensors file",
             hint="give a diffusers folder, a hub id or a .safetensors file",
         )
-    options = dict(_LOAD_OPTIONS)
-    options.pop("feature_extractor")
+    family = require_supported(pipeline_of_file(path, config), config, path)
+    options = dict(family.load_options)
+    options.pop("feature_extractor", None)
+    options.pop("image_encoder", None)
     if config.single_file_config is not None:
         options["config"] = str(resolve(config.single_file_config))
     try:
-        return StableDiffusionPipeline.from_single_file(str(path), dtype=torch.float32, **options)
+        return family.pipeline_class.from_single_file(str(path), dtype=torch.float32, **options)
     except NotImplementedError as error:  # a weight that no tensor of the file has filled
         raise CheckpointError(
             f"{config.path} lacks some of the weights of its pipeline",
             where=str(path),
             why=_first_line(error),
-            hint="a file with the UNet alone does not do: give a full checkpoint, or the matching "
+            hint="a file with the denoising network alone does not do: give a full checkpoint, or the matching "
             "model.single_file_config",
         ) from error
 
 
-def _load_hub(config: ModelConfig) -> StableDiffusionPipeline:
+def _load_hub(config: ModelConfig) -> Any:
     parts = config.path.split("/")
     if config.path.startswith((".", "/", "~")) or len(parts) != 2 or not all(parts):
         raise CheckpointError(
@@ -297,8 +295,8 @@ def _load_hub(config: ModelConfig) -> StableDiffusionPipeline:
             why=_first_line(error),
             hint="check the spelling and the network; a gated model needs `hf auth login`",
         ) from error
-    _check_index(json.loads(index.read_text(encoding="utf-8")), config, index)
-    return _load_folder(config.path, config)
+    checked = _check_index(json.loads(index.read_text(encoding="utf-8")), config, index)
+    return _load_folder(config.path, config, *checked)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,15 +1,15 @@
-"""LoRA adapters on the UNet and text encoder: added in float32, exported with their alpha.
+"""LoRA adapters on the denoising network and text encoders: added in float32, exported with their alpha.
 
 The adapter starts as the identity (B = 0), so a fresh policy equals its reference exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -19,10 +19,11 @@ from diffalign.config import LoRAConfig
 from diffalign.errors import ConfigError
 from diffalign.seeding import derive_seed
 
-TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The attention of a CLIP text encoder."""
 
 
-def add_lora(network: Any, config: LoRAConfig, targets: list[str], seed: int) -> None:
+def add_lora(network: Any, config: LoRAConfig, targets: Sequence[str], seed: int) -> None:
     """Add a trainable float32 adapter to every module whose name ends in one of `targets`.
 
     Raises:
@@ -47,25 +48,24 @@ def add_lora(network: Any, config: LoRAConfig, targets: list[str], seed: int) ->
     alpha = config.alpha if config.alpha is not None else config.rank
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora", type(network).__name__))
-        network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets))
+        network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(targets)))
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def export_lora(folder: Path, unet: nn.Module, text_encoder: nn.Module | None) -> None:
-    """Write `pytorch_lora_weights.safetensors` that `load_lora_weights` reads, adapter metadata (alpha) included."""
-    layers, metadata = _adapter(unet)
-    text_layers, text_metadata = _adapter(text_encoder) if text_encoder is not None else (None, None)
-    StableDiffusionPipeline.save_lora_weights(
-        str(folder),
-        unet_lora_layers=layers,
-        text_encoder_lora_layers=text_layers,
-        unet_lora_adapter_metadata=metadata,
-        text_encoder_lora_adapter_metadata=text_metadata,
-    )
+def export_lora(folder: Path, pipeline: Any, networks: Mapping[str, Any]) -> None:
+    """Write `pytorch_lora_weights.safetensors` that `load_lora_weights` reads, adapter metadata (alpha) included.
 
-
-def _adapter(network: Any) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-    return layers, network.peft_config["default"].to_dict()
+    Args:
+        pipeline: of the family that the adapters belong to.
+        networks: the pipeline's name of each adapted network -> the network.
+    """
+    arguments: dict[str, object] = {}
+    for name, network in networks.items():
+        layers = get_peft_model_state_dict(network)
+        if name != "transformer":  # diffusers' loaders take a transformer's layers under peft's own names
+            layers = convert_state_dict_to_diffusers(layers)
+        arguments[f"{name}_lora_layers"] = layers
+        arguments[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(str(folder), **arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffalign.algorithms.base import Context
 from diffalign.config import EvaluationConfig
-from diffalign.models.stable_diffusion import StableDiffusion
+from diffalign.models.base import Denoiser
 from diffalign.rewards import RewardMixture
 from diffalign.training.evaluation import evaluate, write_grid
 
@@ -16,7 +16,7 @@ GRID = "before-after.png"
 
 
 def draw_preview(
-    denoiser: StableDiffusion,
+    denoiser: Denoiser,
     config: EvaluationConfig,
     reward: RewardMixture,
     context: Context,

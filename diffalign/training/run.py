@@ -13,8 +13,8 @@ from diffalign.algorithms.table import implementation
 from diffalign.config import OnlineRun, Run
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import DiffalignError, NumericsError
+from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.loading import load_denoiser
-from diffalign.models.stable_diffusion import StableDiffusion
 from diffalign.rewards import RewardMixture
 from diffalign.training.energy import EnergyCounter, total_joules
 from diffalign.training.evaluation import (
@@ -126,6 +126,8 @@ class _Run:
         )
         for path in config.evaluation.sets.values():
             load_prompts(path, config.evaluation.prompts_per_set)
+        if config.evaluation.sets:
+            denoiser.make_sampler(config.evaluation.sampler)
         with self.progress:
             self.progress.begin("preparing", 1)
             self.folder.require_space(_space_needed(config, denoiser))
@@ -168,11 +170,11 @@ class _Run:
         file = dump_fault(self.folder.faults, error, iteration, self.processes.rank, batches)
         print(f"{error.what}: the samples are in {file}", file=sys.stderr)
 
-    def _say_what_trains(self, denoiser: StableDiffusion) -> None:
+    def _say_what_trains(self, denoiser: DiffusersDenoiser) -> None:
         count = sum(p.numel() for p in denoiser.trainable_parameters().values())
         lora = self.config.model.lora
         how = f"LoRA of rank {lora.rank}" if lora is not None else "all weights"
-        how += " of UNet and text encoder" if self.config.model.train_text_encoder else " of the UNet"
+        how += " of network and text encoder" if self.config.model.train_text_encoder else " of the network"
         precision = self.config.training.mixed_precision
         self.progress.say(
             f"{self.config.algorithm.name}: {count:,} trainable parameters ({how}), "
@@ -190,7 +192,7 @@ class _Run:
     # Stages
 
     def _train(
-        self, trainer: Trainer, denoiser: StableDiffusion, reward: RewardMixture | None
+        self, trainer: Trainer, denoiser: DiffusersDenoiser, reward: RewardMixture | None
     ) -> dict[str, Any]:
         """Train to the end, or until a guard ends it; returns how it ended, for the summary."""
         config = self.config.training
@@ -264,7 +266,7 @@ class _Run:
             trainer.end()
         return stops
 
-    def _preview(self, denoiser: StableDiffusion, reward: RewardMixture | None, iteration: int) -> None:
+    def _preview(self, denoiser: DiffusersDenoiser, reward: RewardMixture | None, iteration: int) -> None:
         """A grid in samples/, drawn by the first process. One that fails is warned of: training does not need it."""
         if reward is None or not self.config.evaluation.sets or not self.processes.is_main:
             return
@@ -277,7 +279,7 @@ class _Run:
             why = error.what if isinstance(error, DiffalignError) else f"{type(error).__name__}: {error}"
             self.progress.warn("preview", f"no preview of iteration {iteration}: {why}")
 
-    def _evaluate(self, denoiser: StableDiffusion, reward: RewardMixture | None, name: str) -> Evaluation:
+    def _evaluate(self, denoiser: DiffusersDenoiser, reward: RewardMixture | None, name: str) -> Evaluation:
         config = self.config.evaluation
         stored = self.folder.samples / f"{name}.json"
         if not config.sets or reward is None:
@@ -326,14 +328,13 @@ class _Run:
         return summary
 
 
-def _space_needed(config: Run, denoiser: StableDiffusion) -> int:
+def _space_needed(config: Run, denoiser: DiffusersDenoiser) -> int:
     """Bytes: per checkpoint the weights, two moments and the average; `final/` once; a little for the rest."""
     trainable = 4 * sum(p.numel() for p in denoiser.trainable_parameters().values())
     per_checkpoint = trainable * (4 if config.training.ema_decay is not None else 3)
     final = trainable
     if config.model.lora is None:
-        networks = (denoiser.unet, denoiser.text_encoder, denoiser.vae)
-        final = 4 * sum(p.numel() for network in networks for p in network.parameters())
+        final = 4 * sum(p.numel() for network in denoiser.networks().values() for p in network.parameters())
     return per_checkpoint * (config.training.keep_last + 1) + final + 50_000_000
 
 

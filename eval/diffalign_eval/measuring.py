@@ -142,8 +142,7 @@ def measure_distances(
             policy = comparison.drawing.load(source.path, device)
             texts = [spec.prompt for spec in specs]
             size = comparison.drawing.batch_size
-            sampler = comparison.drawing.sampler
-            sampler = sampler if sampler.kind == "ddpm" else stochastic(sampler)
+            sampler = stochastic(comparison.drawing.sampler)
             kl = trajectory_kl(policy, base, texts, [spec.seed for spec in specs], sampler, size)
             batches = ((pictures[i : i + size], texts[i : i + size]) for i in range(0, len(texts), size))
             drift = denoising_drift(policy, base, batches)

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffalign.config import ModelConfig
 from diffalign.errors import CheckpointError, DeviceError
@@ -48,8 +49,25 @@ def test_a_folder_without_model_index(tmp_path):
 
 def test_another_pipeline_is_named(copied):
     index = json.loads((copied / "model_index.json").read_text())
-    (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    assert "is a FluxPipeline" in refusal(copied)
+    (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": "PixArtAlphaPipeline"}))
+    text = refusal(copied)
+    assert "is a PixArtAlphaPipeline" in text
+    for supported in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"):
+        assert supported in text
+
+
+def test_an_inpainting_pipeline_is_refused(copied):
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"})
+    )
+    assert "no inpainting" in refusal(copied)
+
+
+def test_a_single_file_of_a_refiner_is_known_by_its_weights(tmp_path):
+    file = tmp_path / "refiner.safetensors"
+    save_file({"conditioner.embedders.0.model.ln_final.weight": torch.ones(1)}, file)
+    assert "is a StableDiffusionXLImg2ImgPipeline, which is not supported" in refusal(file)
 
 
 def test_pickle_weights_in_a_folder_are_refused(copied):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from families import load, sampled, tiny_sdxl
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.config import ModelConfig, SamplerConfig
 from diffalign.errors import CheckpointError
+from diffalign.models.families import pipeline_of_file
 from diffalign.models.loading import load_denoiser
 from diffalign.sampling import generate
 
@@ -32,6 +34,8 @@ UNET = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
@@ -77,7 +81,39 @@ def original_vae_entry(key: str, value: Tensor, blocks: int) -> tuple[str, Tenso
     ), value
 
 
-def write_original_layout(pipeline: StableDiffusionPipeline, file: Path) -> None:
+OPEN_CLIP = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def original_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SDXL's second text encoder as open_clip names it: query, key and value in one tensor."""
+    weights = {
+        key if key.startswith("text_") else f"text_model.{key}": value for key, value in weights.items()
+    }
+    tensors = {
+        "positional_embedding": weights.pop("text_model.embeddings.position_embedding.weight"),
+        "text_projection": weights.pop("text_projection.weight").T,
+    }
+    for key, value in weights.items():
+        for ours, theirs in OPEN_CLIP.items():
+            key = key.replace(ours, theirs)
+        if match := re.match(r"(.*)\.self_attn\.q_proj\.(weight|bias)", key):
+            source = match[1].replace("transformer.resblocks", "text_model.encoder.layers")
+            parts = [weights[f"{source}.self_attn.{part}_proj.{match[2]}"] for part in "qkv"]
+            tensors[f"{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
+        elif "self_attn" not in key:
+            tensors[key] = value
+    return tensors
+
+
+def write_original_layout(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, file: Path) -> None:
     tensors: dict[str, Tensor] = {}
     unet = pipeline.unet.state_dict()
     attention = {".".join(key.split(".")[:2]) for key in unet if ".attentions." in key}
@@ -86,8 +122,13 @@ def write_original_layout(pipeline: StableDiffusionPipeline, file: Path) -> None
     for key, value in pipeline.vae.state_dict().items():
         name, tensor = original_vae_entry(key, value, len(pipeline.vae.config.block_out_channels))
         tensors[f"first_stage_model.{name}"] = tensor
+    is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
+    encoder = "conditioner.embedders.0" if is_xl else "cond_stage_model"
     for key, value in pipeline.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+        tensors[f"{encoder}.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+    if is_xl:
+        for key, value in original_open_clip(pipeline.text_encoder_2.state_dict()).items():
+            tensors[f"conditioner.embedders.1.model.{key}"] = value
     save_file({key: value.contiguous() for key, value in tensors.items()}, file)
 
 
@@ -99,6 +140,18 @@ def test_a_single_file_draws_the_pictures_of_its_folder(tiny_pipeline_dir, tmp_p
     sampler = SamplerConfig(steps=3, eta=0.0, guidance_scale=2.0)
     expected = generate(folder, ["a", "bc"], [0, 1], sampler, 2)
     torch.testing.assert_close(generate(single, ["a", "bc"], [0, 1], sampler, 2), expected)
+
+
+def test_a_single_file_of_sdxl_draws_the_latents_of_its_folder(tmp_path):
+    tiny_sdxl().save_pretrained(tmp_path / "folder")
+    write_original_layout(
+        StableDiffusionXLPipeline.from_pretrained(tmp_path / "folder"), tmp_path / "xl.safetensors"
+    )
+    assert pipeline_of_file(tmp_path / "xl.safetensors", ModelConfig()) == "StableDiffusionXLPipeline"
+    config = {"path": str(tmp_path / "xl.safetensors"), "single_file_config": str(tmp_path / "folder")}
+    sampler = SamplerConfig(steps=3, eta=0.0, guidance_scale=2.0)
+    expected = sampled(load(tmp_path / "folder"), sampler)
+    torch.testing.assert_close(sampled(load(tmp_path, **config), sampler), expected)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

@@ -83,9 +83,9 @@ def test_prompts_have_one_embedding_alone_or_in_a_batch(make_denoiser):
 
 def test_a_long_prompt_is_cut_before_the_end_token(make_denoiser):
     denoiser = make_denoiser()
-    tokens = denoiser.tokenizer("x" * 500, truncation=True, max_length=16).input_ids
+    tokens = denoiser.pipeline.tokenizer("x" * 500, truncation=True, max_length=16).input_ids
     assert len(tokens) == 16
-    assert tokens[-1] == denoiser.tokenizer.eos_token_id
+    assert tokens[-1] == denoiser.pipeline.tokenizer.eos_token_id
     a, b = denoiser.encode_prompts(["a" * 500, "b" * 500]).embeddings
     assert not torch.equal(a, b)
 

@@ -37,6 +37,7 @@ def survive(data, model, tmp_path, method, kills, processes, seed):
             killed = 137 in codes
             assert killed or codes == [0] * processes, folder.with_suffix(".log").read_text()
             done += killed
+            took *= 1.0 if killed else 0.9  # it ended before: the machine has become faster
             for path in list_checkpoints(folder / "checkpoints"):
                 read_checkpoint(path)
         assert_same(folder, straight)

@@ -51,8 +51,10 @@ class TrajectoryKL:
 
 
 def stochastic(sampler: SamplerConfig) -> SamplerConfig:
-    """The sampler with the noise that a KL between trajectories needs: eta = 1."""
-    return sampler.model_copy(update={"eta": 1.0})
+    """The sampler with the noise that a KL between trajectories needs: DDIM at eta = 1, a flow's SDE for its ODE."""
+    if sampler.kind == "ddim":
+        return sampler.model_copy(update={"eta": 1.0})
+    return sampler.model_copy(update={"kind": "flow_sde"}) if sampler.kind == "euler" else sampler
 
 
 @torch.no_grad()
@@ -135,10 +137,8 @@ def _step_kls(
 
 def _require_one_process(policy: Denoiser, base: Denoiser, steps: Sampler, base_steps: Sampler) -> None:
     _require_one_latent_space(policy, base)
-    ours, theirs = policy.schedule, base.schedule
     if not (
-        torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
-        and ours.final_alpha_cumprod == theirs.final_alpha_cumprod
+        policy.schedule.same_levels(base.schedule)
         and torch.equal(steps.timesteps, base_steps.timesteps)
         and torch.equal(steps.previous, base_steps.previous)
     ):
@@ -264,8 +264,7 @@ def _errors(
 def _require_one_target(policy: Denoiser, base: Denoiser) -> None:
     _require_one_latent_space(policy, base)
     ours, theirs = policy.schedule, base.schedule
-    same = torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
-    if not same or ours.prediction_type != theirs.prediction_type:
+    if not ours.same_levels(theirs) or ours.prediction_type != theirs.prediction_type:
         raise CheckpointError(
             "the checkpoints have different denoising errors",
             why=f"their noise schedules differ, or what they predict: {ours.prediction_type} and "

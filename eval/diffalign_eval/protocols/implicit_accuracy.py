@@ -222,14 +222,10 @@ def _errors(denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, prompts: S
 
 
 def _require_alike(policy: Denoiser, reference: Denoiser) -> None:
-    import torch
-
     from diffalign.errors import CheckpointError
 
     first, second = policy.schedule, reference.schedule
-    if first.num_timesteps != second.num_timesteps or not torch.allclose(
-        first.alphas_cumprod, second.alphas_cumprod, atol=1e-6
-    ):
+    if not first.same_levels(second):
         difference = "their noise schedules"
     elif first.prediction_type != second.prediction_type:
         difference = f"what they predict: {first.prediction_type} and {second.prediction_type}"

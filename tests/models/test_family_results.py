@@ -1,0 +1,36 @@
+"""The result of a LoRA run of every family: its adapter, fused into its base model, is the policy that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import load, perturb, relative_error, sampled, tiny_flux, tiny_sd3, tiny_sdxl
+
+from diffalign.config import SamplerConfig
+from diffalign.models.loading import load_for_inference
+
+DIFFUSION = SamplerConfig(steps=3, eta=0.0, guidance_scale=3.0)
+FLOW = SamplerConfig(kind="euler", steps=3, guidance_scale=3.0)
+FAMILIES = {"sdxl": (tiny_sdxl, DIFFUSION), "sd3": (tiny_sd3, FLOW), "flux": (tiny_flux, FLOW)}
+
+
+@pytest.mark.parametrize(("build", "sampler"), FAMILIES.values(), ids=FAMILIES)
+def test_a_run_folder_is_sampled_with_what_it_learned(
+    build: Callable[[], Any], sampler: SamplerConfig, tmp_path: Path
+):
+    build().save_pretrained(tmp_path / "base")
+    denoiser = load(tmp_path / "base", train_text_encoder=True)
+    base = sampled(denoiser, sampler)
+    perturb(denoiser)
+    (tmp_path / "run").mkdir()
+    denoiser.export(tmp_path / "run" / "final")
+    (tmp_path / "run" / "config.yaml").write_text(
+        f"algorithm: {{name: sft}}\nmodel: {{path: {tmp_path / 'base'}, resolution: 16}}\ndata: {{path: unused}}\n"
+    )
+    loaded = load_for_inference(str(tmp_path / "run"), device="cpu")
+    trained = sampled(denoiser, sampler)
+    assert relative_error(trained, base) > 1e-2
+    assert relative_error(sampled(loaded, sampler), trained) < 1e-3
