@@ -91,7 +91,7 @@ def sampling(arguments: argparse.Namespace) -> list[Row]:
     unseen = ([f"{prompt} {i}" for prompt in prompts] for i in itertools.count())  # known ones are remembered
     conditioning = denoiser.encode_prompts(prompts)
     noise = torch.randn(batch, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
-    pictures = torch.rand(batch, 3, denoiser.resolution, denoiser.resolution)
+    pictures = torch.rand(batch, 3, *denoiser.size)
     work: dict[str, Callable[[], object]] = {
         "encode prompts": lambda: denoiser.encode_prompts(next(unseen)),
         "encode pictures (VAE)": lambda: denoiser.encode_images(pictures),

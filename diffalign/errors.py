@@ -117,3 +117,9 @@ class ProcessError(DiffalignError):
 
     exit_code = 9
     shared = False
+
+
+class DoesNotFit(DiffalignError):
+    """An estimate that is above the memory there is; nothing is wrong with the run otherwise."""
+
+    exit_code = 10

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from diffalign.config.sizes import Resolution, Size, as_size
 from diffalign.errors import DataError, NumericsError
 
 MAX_PIXELS = 64 * 10**6
@@ -38,6 +39,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> how the stored pixels are turned to be shown."""
+_LIES_ON_ITS_SIDE = 5
+"""The orientation from which on height and width are exchanged."""
+T = TypeVar("T")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -98,12 +102,24 @@ def open_image(source: Path | bytes, where: str) -> Image.Image:
     Raises:
         DataError: missing, damaged, of an unsupported format, or above `MAX_PIXELS`.
     """
+    return _read(source, where, lambda image: _to_rgb(_upright(image)))
+
+
+def picture_size(source: Path | bytes, where: str) -> Size:
+    """Height and width of a picture as `open_image` shows it, from its header: no pixel is decoded.
+
+    Arguments and errors are those of `open_image`; damage behind the header is not seen.
+    """
+    return _read(source, where, _upright_size)
+
+
+def _read(source: Path | bytes, where: str, use: Callable[[Image.Image], T]) -> T:
     size = "more pixels than Pillow opens"
     try:
         with _no_warnings(), Image.open(_stream(source), formats=FORMATS) as image:
             size = f"{image.width} x {image.height} pixels"
             if image.width * image.height <= MAX_PIXELS:
-                return _to_rgb(_upright(image))
+                return use(image)
     except FileNotFoundError as error:
         raise DataError("picture not found", where=where) from error
     except Image.DecompressionBombError:
@@ -131,31 +147,34 @@ def open_image(source: Path | bytes, where: str) -> Image.Image:
 
 
 @overload
-def resize_crop(images: Image.Image, resolution: int) -> Image.Image: ...
+def resize_crop(images: Image.Image, resolution: Resolution) -> Image.Image: ...
 @overload
-def resize_crop(images: Tensor, resolution: int) -> Tensor: ...
-def resize_crop(images: Image.Image | Tensor, resolution: int) -> Image.Image | Tensor:
-    """The largest centred square, resized to `resolution` (antialiased bicubic, up or down).
+def resize_crop(images: Tensor, resolution: Resolution) -> Tensor: ...
+def resize_crop(images: Image.Image | Tensor, resolution: Resolution) -> Image.Image | Tensor:
+    """The largest centred square, or rectangle of the shape asked for, resized (antialiased bicubic, up or down).
 
-    Resizing the shortest side and cropping the centre gives the same picture but for the outermost pixels,
+    Resizing to cover the size and cropping the centre gives the same picture but for the outermost pixels,
     and takes memory for the long side.
 
     Args:
         images: one PIL image, or floats [N, C, H, W] in [0, 1] (differentiable).
+        resolution: the side of a square, or height and width.
     """
+    height, width = size = as_size(resolution)
     if isinstance(images, Image.Image):
-        left, top, side = _centre_square(*images.size)
-        box = (left, top, left + side, top + side)
-        return images.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC)
-    left, top, side = _centre_square(images.shape[-1], images.shape[-2])
-    square = images[..., top : top + side, left : left + side]
-    size = (resolution, resolution)
-    return F.interpolate(square, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+        top, left, rows, columns = _centred((images.height, images.width), size)
+        box = (left, top, left + columns, top + rows)
+        return images.crop(box).resize((width, height), Image.Resampling.BICUBIC)
+    top, left, rows, columns = _centred((images.shape[-2], images.shape[-1]), size)
+    kept = images[..., top : top + rows, left : left + columns]
+    return F.interpolate(kept, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
 
-def _centre_square(width: int, height: int) -> tuple[int, int, int]:
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side
+def _centred(whole: Size, shape: Size) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest centred part of `whole` that is as wide for its height as `shape`."""
+    rows = max(1, min(whole[0], round(whole[1] * shape[0] / shape[1])))
+    columns = max(1, min(whole[1], round(whole[0] * shape[1] / shape[0])))
+    return (whole[0] - rows) // 2, (whole[1] - columns) // 2, rows, columns
 
 
 @contextmanager
@@ -182,6 +201,15 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # a parser of damaged bytes, like the decoders
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _upright_size(image: Image.Image) -> Size:
+    try:
+        # The base class's: PNG's own decodes the whole picture in search of an EXIF block behind the pixels.
+        turned = Image.Image.getexif(image).get(_ORIENTATION, 1) >= _LIES_ON_ITS_SIDE
+    except Exception:  # a parser of damaged bytes, like the decoders
+        turned = False
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

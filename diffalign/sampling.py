@@ -60,4 +60,4 @@ def generate(
             if on_step is not None:
                 on_step()
         pictures.append(denoiser.decode(latents).cpu())
-    return torch.cat(pictures) if pictures else torch.empty(0, 3, denoiser.resolution, denoiser.resolution)
+    return torch.cat(pictures) if pictures else torch.empty(0, 3, *denoiser.size)

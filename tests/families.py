@@ -250,13 +250,11 @@ def plain(
     pipeline.set_progress_bar_config(disable=True)
     noise = options.pop("latents", None)
     return pipeline(
-        PROMPTS,
+        list(PROMPTS),  # Z-Image's pipeline writes into it
         latents=sample_noise(denoiser.latent_shape, SEEDS, "initial") if noise is None else noise,
         num_inference_steps=sampler.steps,
-        height=SIDE,
-        width=SIDE,
         output_type=output,
-        **{"guidance_scale": sampler.guidance_scale, **options},
+        **{"guidance_scale": sampler.guidance_scale, "height": SIDE, "width": SIDE, **options},
     ).images.float()
 
 

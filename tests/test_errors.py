@@ -55,6 +55,7 @@ def test_every_class_has_its_own_exit_code_and_none_means_success():
         ("DeviceError", 7),
         ("StorageError", 8),
         ("ProcessError", 9),
+        ("DoesNotFit", 10),
     ],
 )
 def test_exit_codes_are_part_of_the_interface(name, code):

@@ -14,13 +14,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ["config", "config_yaml", "config_messages", "config_file", "config_help"]
 LAYERS = [
-    ["errors", "redaction", *CONFIGURATION, "assets", "seeding", "images", "result_folder"],
+    ["errors", "redaction", *CONFIGURATION, "assets", "seeding", "images", "result_folder", "origins", "model_card", "hub"],
     ["schedule", "timesteps", "transitions", "losses", "advantages"],
     ["models"],
     ["trajectory", "backpropagation", "sampling", "picture_folder", "data", "rewards", "scoring"],
     ["test_time"],
     ["algorithms"],
     ["training"],
+    ["exporting"],
+    ["estimate"],
     ["preference_page"],
     ["cli", "__main__"],
 ]

@@ -35,7 +35,7 @@ class ToyDenoiser(Denoiser):
         betas = torch.linspace(1e-3, 0.1, timesteps, dtype=torch.float64)
         self.schedule = NoiseSchedule((1 - betas).cumprod(0), final_alpha_cumprod=0.9995)
         self.device = torch.device("cpu")
-        self.resolution, self.latent_shape, self.trains_text_encoder = 2, (1, 2, 2), False
+        self.size, self.latent_shape, self.trains_text_encoder = (2, 2), (1, 2, 2), False
         self.mean = nn.Parameter(torch.tensor([mean]))
         self._is_reference, self.calls = False, 0
 

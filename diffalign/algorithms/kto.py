@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.base import Algorithm, Context
-from diffalign.algorithms.latents import Latents, draw_noise
+from diffalign.algorithms.latents import Latents, Shapes, draw_noise, require_sizes, say_buckets
 from diffalign.config import KTOConfig, KTORun
+from diffalign.data.buckets import Buckets, bucket_sizes
 from diffalign.data.labelled import LabelledImages
-from diffalign.data.order import batch_indices, batch_positions, first_seen
+from diffalign.data.order import Order, batch_positions
 from diffalign.losses.base import LossOutput
 from diffalign.losses.denoising import squared_error
 from diffalign.losses.unpaired import diffusion_kto, kto_reference_point
@@ -28,7 +29,8 @@ class LabelledBatch:
     """x0, noise [B, C, H, W]; t [B]; desirable [B] bool; B captions; B positions in the run, which seed each draw.
 
     `reference_point`: a scalar, of the whole update; None where this batch is the update, on all processes.
-    `new_labels`: how many labels of the whole batch, over all processes, training sees for the first time.
+    `new_labels`: how many labels of the whole batch, over all processes, training sees for the first time. `sizes`
+    [B, 6]: what the pictures were, for `Denoiser.with_sizes`; None: as they are.
     """
 
     x0: Tensor
@@ -40,6 +42,7 @@ class LabelledBatch:
     reference_point: Tensor | None
     new_labels: int
     weight: float
+    sizes: Tensor | None = None
 
 
 class KTO(Algorithm):
@@ -59,15 +62,22 @@ class KTO(Algorithm):
         context: Context,
         *,
         cache_latents: bool = True,
+        buckets: Buckets | None = None,
     ) -> None:
         self.config, self.denoiser, self.images, self.context = config, denoiser, images, context
-        self._latents = Latents(self._read, len(images), denoiser, context, cached=cache_latents)
+        shapes = Shapes(len(images), denoiser, buckets)
+        self._latents = Latents(
+            lambda index: images.load(index, shapes.size(index))[None],
+            len(images),
+            denoiser,
+            context,
+            cached=cache_latents,
+            buckets=buckets,
+        )
+        self._order = Order(shapes.groups, config.batch_size, context.seed)
         warning = imbalance(config, images.labels)
         if warning is not None:
             context.say(warning)
-
-    def _read(self, index: int) -> Tensor:
-        return self.images.load(index, self.denoiser.resolution)[None]
 
     def updates(self, iteration: int) -> Iterator[list[LabelledBatch]]:
         accumulation = self.config.gradient_accumulation
@@ -80,26 +90,27 @@ class KTO(Algorithm):
 
     def _batch(self, step: int) -> LabelledBatch:
         context, size, images = self.context, self.config.batch_size, self.images
-        indices = batch_indices(len(images), size, step, context.seed, context.rank, context.world)
+        indices = self._order.indices(step, context.rank, context.world)
         positions = batch_positions(size, step, context.rank, context.world)
         x0 = torch.cat(self._latents.take(indices))
-        noise, t = draw_noise(self.denoiser, context.seed, "kto", positions)
+        noise, t = draw_noise(self.denoiser, context.seed, "kto", positions, x0.shape[1:])
         used = [self._latents.index(index) for index in indices]
         desirable = torch.tensor([images.labels[index] for index in used], device=self.denoiser.device)
         captions = [images.caption(index) for index in used]
         weight = 1 / self.config.gradient_accumulation
         new = self._labels_until(step + 1) - self._labels_until(step)
-        return LabelledBatch(x0, noise, t, desirable, captions, positions, None, new, weight)
+        sizes = self._latents.told(indices)
+        return LabelledBatch(x0, noise, t, desirable, captions, positions, None, new, weight, sizes)
 
     def _labels_until(self, step: int) -> int:
         """Labels seen in the first `step` batches of all processes."""
-        pictures = first_seen(len(self.images), step * self.config.batch_size * self.context.world, 0)
-        return pictures // self.images.pictures_per_label
+        return self._order.seen(step * self.context.world) // self.images.pictures_per_label
 
     def _errors(self, batch: LabelledBatch) -> Tensor:
         schedule = self.denoiser.schedule
         x = schedule.add_noise(batch.x0, batch.noise, batch.t)
-        prediction = self.denoiser.predict(x, batch.t, self.denoiser.encode_prompts(batch.captions))
+        conditioning = self.denoiser.with_sizes(self.denoiser.encode_prompts(batch.captions), batch.sizes)
+        prediction = self.denoiser.predict(x, batch.t, conditioning)
         return squared_error(prediction, schedule.target(batch.x0, batch.noise, batch.t))
 
     def _reference_errors(self, batch: LabelledBatch) -> Tensor:
@@ -153,10 +164,19 @@ def imbalance(config: KTOConfig, labels: list[bool]) -> str | None:
 
 
 def open_data(config: KTORun, reward: RewardMixture | None) -> LabelledImages:
-    return LabelledImages(config.data)
+    return LabelledImages(config.data, bucket_sizes(config.data.buckets, config.model.resolution))
 
 
 def build(
     config: KTORun, data: LabelledImages, denoiser: Denoiser, reward: RewardMixture | None, context: Context
 ) -> KTO:
-    return KTO(config.algorithm, denoiser, data, context, cache_latents=config.data.cache_latents)
+    require_sizes(denoiser, data.buckets)
+    say_buckets(data.describe(), data.buckets, config.algorithm.batch_size, context)
+    return KTO(
+        config.algorithm,
+        denoiser,
+        data,
+        context,
+        cache_latents=config.data.cache_latents,
+        buckets=data.buckets,
+    )

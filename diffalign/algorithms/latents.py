@@ -1,4 +1,4 @@
-"""What methods on given pictures share: their latents, and noise drawn by position in the run."""
+"""What methods on given pictures share: their sizes and latents, and noise drawn by position in the run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,61 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.base import Context
+from diffalign.config.sizes import Size
+from diffalign.data.buckets import Buckets
 from diffalign.data.substitutes import Substitutes
 from diffalign.models.base import Denoiser
 from diffalign.seeding import generator
 
 ENCODE_BATCH = 16
+
+
+class Shapes:
+    """The size of each item's pictures in training: that of its bucket, or the denoiser's for all.
+
+    Args:
+        count: items in all.
+        buckets: of these items; None: none.
+    """
+
+    def __init__(self, count: int, denoiser: Denoiser, buckets: Buckets | None) -> None:
+        self._denoiser, self._buckets = denoiser, buckets
+        self.groups: Sequence[Sequence[int]] = [range(count)] if buckets is None else buckets.groups
+        """Items that may share a batch."""
+        self.mates = None if buckets is None else buckets.mates
+        """For `Substitutes`: only an item of one size stands in for another."""
+
+    def size(self, index: int) -> Size:
+        return self._denoiser.size if self._buckets is None else self._buckets.size(index)
+
+    def told(self, indices: Sequence[int]) -> Tensor | None:
+        """`buckets.told` of all pictures of some items [N, 6], item by item; None without buckets."""
+        if self._buckets is None:
+            return None
+        return torch.cat([self._buckets.told(index) for index in indices])
+
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Each item -> the number of its group, and its place in that."""
+        return {
+            item: (number, place)
+            for number, group in enumerate(self.groups)
+            for place, item in enumerate(group)
+        }
+
+
+def require_sizes(denoiser: Denoiser, buckets: Buckets | None) -> None:
+    """Raises ConfigError where the model cannot take the size of a bucket that has items."""
+    for size in [] if buckets is None else buckets.sizes:
+        denoiser.require_size(size, "data.buckets")
+
+
+def say_buckets(described: str, buckets: Buckets | None, batch: int, context: Context) -> None:
+    """Say what there is in which bucket, and which of them have less than a batch; without buckets nothing."""
+    if buckets is not None:
+        context.say(described)
+        warning = buckets.warning(batch)
+        if warning is not None:
+            context.say(warning)
 
 
 class Latents:
@@ -24,6 +74,8 @@ class Latents:
         load: the pictures of item `index`, [k, 3, H, W] in [0, 1]; raises DataError where one cannot be read.
         count: items in all.
         cached: encode all of them now.
+        buckets: `load` gives the pictures of an item at the size of its bucket; items that are taken together must be
+            of one.
     """
 
     def __init__(
@@ -34,14 +86,20 @@ class Latents:
         context: Context,
         *,
         cached: bool,
+        buckets: Buckets | None = None,
     ) -> None:
         self._denoiser, self._poll = denoiser, context.poll
-        self._readable = Substitutes(load, count, context.seed, context.say)
+        self.shapes = Shapes(count, denoiser, buckets)
+        self._readable = Substitutes(load, count, context.seed, context.say, self.shapes.mates)
         self._read: set[int] = set()
-        self._cached: list[Tensor] | None = None
+        self._cached: dict[int, Tensor] | None = None
         if cached:
             with context.meter.phase("encoding"):
-                self._cached = self._encode(range(count))
+                self._cached = {
+                    index: latents
+                    for group in self.shapes.groups
+                    for index, latents in zip(group, self._encode(group), strict=True)
+                }
 
     def index(self, index: int) -> int:
         """The item that is used for `index`: itself, or the one that stands in for it."""
@@ -61,6 +119,10 @@ class Latents:
         found = self._encode(indices) if self._cached is None else [self._cached[index] for index in indices]
         return [latents.to(self._denoiser.device) for latents in found]
 
+    def told(self, indices: Sequence[int]) -> Tensor | None:
+        """What a network may be told of the sizes of the pictures that `take` gives, see `Shapes.told`."""
+        return self.shapes.told([self.index(index) for index in indices])
+
     @torch.no_grad()
     def _encode(self, indices: Sequence[int]) -> list[Tensor]:
         items: list[Tensor] = []
@@ -73,14 +135,22 @@ class Latents:
 
 
 def draw_noise(
-    denoiser: Denoiser, seed: int, purpose: str, positions: Sequence[int]
+    denoiser: Denoiser,
+    seed: int,
+    purpose: str,
+    positions: Sequence[int],
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Noise [N, C, H, W] and timesteps [N] for N positions in the run, on the denoiser's device.
 
     Each depends on (seed, purpose, position) only.
+
+    Args:
+        shape: (C, H, W) of the latents; None: the denoiser's own.
     """
     draws = [generator(seed, purpose, position) for position in positions]
-    noise = torch.stack([torch.randn(denoiser.latent_shape, generator=draw) for draw in draws])
+    shape = denoiser.latent_shape if shape is None else tuple(shape)
+    noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
     total = denoiser.schedule.num_timesteps
     t = torch.stack([torch.randint(total, (), generator=draw) for draw in draws])
     return noise.to(denoiser.device), t.to(denoiser.device)

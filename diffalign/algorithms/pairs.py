@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.base import Context
+from diffalign.algorithms.latents import Shapes
 from diffalign.data.preferences import PairSet
 from diffalign.data.substitutes import Substitutes
 from diffalign.models.base import Denoiser
@@ -26,7 +27,8 @@ class PairBatch:
     """x0_w, x0_l, noise [B, C, H, W] (one noise per pair); t [B]; B prompts; B indices of pairs; probability [B].
 
     `new_labels`: how many pairs of the whole batch, over all processes, training sees for the first time. `margin` [B]:
-    how much better the preferred picture is, for losses that ask.
+    how much better the preferred picture is, for losses that ask. `sizes` [2 B, 6]: what the preferred pictures
+    were, then the others, for `Denoiser.with_sizes`; None: as they are.
     """
 
     x0_w: Tensor
@@ -39,18 +41,24 @@ class PairBatch:
     new_labels: int
     weight: float
     margin: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 class LatentPairs:
     """Pairs as latents: encoded once and kept on the CPU, or encoded at each use.
 
-    For a pair with an unreadable picture another one stands in, by `Substitutes`.
+    For a pair with an unreadable picture another one stands in, by `Substitutes`. Where the pairs are sorted into
+    buckets, those that are taken together must be of one.
     """
 
     def __init__(self, pairs: PairSet, denoiser: Denoiser, context: Context, *, cached: bool) -> None:
         self.pairs, self.denoiser, self._poll = pairs, denoiser, context.poll
-        self._readable = Substitutes(self._read, len(pairs), context.seed, context.say)
-        self._cached = self._encode(range(len(pairs))) if cached and len(pairs) else None
+        self.shapes = Shapes(len(pairs), denoiser, pairs.buckets)
+        self._readable = Substitutes(self._read, len(pairs), context.seed, context.say, self.shapes.mates)
+        self._cached: list[tuple[Tensor, Tensor]] | None = None
+        if cached and len(pairs):
+            self._places = self.shapes.places()
+            self._cached = [self._encode(group) for group in self.shapes.groups]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -67,7 +75,7 @@ class LatentPairs:
         return self.pairs.margin(self._readable.index(index))
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.pairs.load(index, self.denoiser.resolution)
+        return self.pairs.load(index, self.shapes.size(index))
 
     def pictures(self, index: int) -> tuple[Tensor, Tensor]:
         """Preferred and rejected picture, each [3, H, W] in [0, 1]."""
@@ -88,10 +96,17 @@ class LatentPairs:
     def latents(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Preferred and rejected latents, each [len(indices), C, H, W], on the denoiser's device."""
         if self._cached is not None:
-            winners, losers = self._cached[0][indices], self._cached[1][indices]
+            first, second = self._cached[self._places[indices[0]][0]]
+            rows = [self._places[index][1] for index in indices]
+            winners, losers = first[rows], second[rows]
         else:
             winners, losers = self._encode(indices)
         return winners.to(self.denoiser.device), losers.to(self.denoiser.device)
+
+    def told(self, indices: Sequence[int]) -> Tensor | None:
+        """What a network may be told of the sizes of the pictures of `latents` [2 N, 6], see `Shapes.told`."""
+        sizes = self.shapes.told([self._readable.index(index) for index in indices])
+        return None if sizes is None else torch.cat([sizes[0::2], sizes[1::2]])
 
 
 def reward_margins(pairs: LatentPairs, reward: RewardMixture, context: Context) -> list[float]:
@@ -108,14 +123,26 @@ def reward_margins(pairs: LatentPairs, reward: RewardMixture, context: Context) 
         for start in range(0, len(rows), ENCODE_BATCH):
             chunk = rows[start : start + ENCODE_BATCH]
             loaded = [pairs.pictures(row) for row in chunk]
-            prompts = [pairs.prompt(row) for row in chunk]
-            pictures = torch.stack([pair[0] for pair in loaded] + [pair[1] for pair in loaded])
-            first, second = reward(pictures, prompts * 2).total.cpu().chunk(2)
-            found.append(torch.tanh((first - second) / 2))
+            sizes, differences = _alike(loaded), []
+            for places in sizes:
+                prompts = [pairs.prompt(chunk[place]) for place in places]
+                pictures = torch.stack([loaded[place][which] for which in (0, 1) for place in places])
+                first, second = reward(pictures, prompts * 2).total.cpu().chunk(2)
+                differences.append(first - second)
+            order = torch.tensor([place for places in sizes for place in places]).argsort()
+            found.append(torch.tanh(torch.cat(differences)[order] / 2))
     context.meter.count("reward_queries", 2 * count * len(reward.labels))
     everyone = context.gather(torch.cat(found).to(context.device)).cpu()
     margins: list[float] = everyone.view(world, -1).T.flatten()[:count].tolist()
     return margins
+
+
+def _alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[int]]:
+    """Places of the pairs of each size."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, (first, _) in enumerate(pairs):
+        places.setdefault(first.shape, []).append(place)
+    return list(places.values())
 
 
 def draw_timesteps(

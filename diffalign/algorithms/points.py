@@ -27,6 +27,7 @@ class PointBatch:
         t: [B]; captions: B, some dropped; positions: B places in the run, which seed each draw.
         importance: [B] factor of each picture's loss; None: 1.
         new_captions: how many of the whole batch, over all processes, training sees for the first time.
+        sizes: [B, 6] what the pictures were, for `Denoiser.with_sizes`; None: as they are.
     """
 
     x0: Tensor
@@ -38,6 +39,7 @@ class PointBatch:
     importance: Tensor | None
     new_captions: int
     weight: float
+    sizes: Tensor | None = None
 
 
 class Points:
@@ -59,6 +61,7 @@ class Points:
         importance: Tensor | None = None,
         new_captions: int = 0,
         weight: float = 1.0,
+        sizes: Tensor | None = None,
     ) -> PointBatch:
         """The points of pictures x0 [B, C, H, W] on the denoiser's device, with captions, at B positions."""
         config, device = self.config, self.denoiser.device
@@ -85,6 +88,7 @@ class Points:
             None if importance is None else importance.to(device),
             new_captions,
             weight,
+            sizes,
         )
 
     def _timestep(self, draw: torch.Generator) -> Tensor:
@@ -107,7 +111,8 @@ class Points:
         self.context.meter.count("captions", batch.new_captions)
         config, schedule = self.config, self.denoiser.schedule
         x = schedule.add_noise(batch.x0, batch.input_noise, batch.t)
-        prediction = self.denoiser.predict(x, batch.t, self.denoiser.encode_prompts(batch.captions))
+        conditioning = self.denoiser.with_sizes(self.denoiser.encode_prompts(batch.captions), batch.sizes)
+        prediction = self.denoiser.predict(x, batch.t, conditioning)
         snr, weight, delta = schedule.snr(batch.t), batch.importance, None
         if config.weighting != "none":
             level = loss_weight(

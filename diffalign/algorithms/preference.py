@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.base import Algorithm, Context
+from diffalign.algorithms.latents import require_sizes, say_buckets
 from diffalign.algorithms.pairs import (
     LatentPairs,
     PairBatch,
@@ -18,7 +19,8 @@ from diffalign.algorithms.pairs import (
     reward_margins,
 )
 from diffalign.config import DPOConfig, DPORun
-from diffalign.data.order import batch_indices, batch_positions, first_seen
+from diffalign.data.buckets import bucket_sizes
+from diffalign.data.order import Order, batch_positions
 from diffalign.data.preferences import PreferencePairs
 from diffalign.errors import DataError
 from diffalign.losses.base import LossOutput
@@ -60,6 +62,7 @@ class DPO(Algorithm):
         with context.meter.phase("encoding"):
             self.train_pairs = LatentPairs(pairs.train, denoiser, context, cached=cache_latents)
             self.validation_pairs = LatentPairs(pairs.validation, denoiser, context, cached=cache_latents)
+        self._order = Order(self.train_pairs.shapes.groups, config.batch_size, context.seed)
         self._margins: list[float] | None = None
         if "margin" in self.entry.extras and not pairs.train.has_margins:
             if reward is None:
@@ -75,7 +78,7 @@ class DPO(Algorithm):
 
     def _batch(self, step: int) -> PairBatch:
         context, size = self.context, self.config.batch_size
-        indices = batch_indices(len(self.train_pairs), size, step, context.seed, context.rank, context.world)
+        indices = self._order.indices(step, context.rank, context.world)
         positions = batch_positions(size, step, context.rank, context.world)
         draws = [generator(context.seed, "dpo", position) for position in positions]
         x0_w, x0_l = self.train_pairs.latents(indices)
@@ -83,7 +86,7 @@ class DPO(Algorithm):
         update = size * context.world * self.config.gradient_accumulation
         total = self.denoiser.schedule.num_timesteps
         t = draw_timesteps(self.config.timestep_sampling, draws, positions, update, total, context.seed)
-        new = first_seen(len(self.train_pairs), size * context.world, step)
+        new = self._order.first_seen(step, context.world)
         weight = 1 / self.config.gradient_accumulation
         margin = self._margin(indices) if "margin" in self.entry.extras else None
         return self._collate(self.train_pairs, indices, x0_w, x0_l, noise, t, new, weight, margin)
@@ -108,15 +111,14 @@ class DPO(Algorithm):
         device = self.denoiser.device
         prompts = [source.prompt(i) for i in indices]
         probability = torch.tensor([source.probability(i) for i in indices], device=device)
-        return PairBatch(
-            x0_w, x0_l, noise.to(device), t.to(device), prompts, indices, probability, new, weight, margin
-        )
+        noise, t, sizes = noise.to(device), t.to(device), source.told(indices)
+        return PairBatch(x0_w, x0_l, noise, t, prompts, indices, probability, new, weight, margin, sizes)
 
     def _predict(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Predictions [B, C, H, W] on the preferred and on the rejected pictures, in one pass."""
         x0 = torch.cat([batch.x0_w, batch.x0_l])
         noise, t = batch.noise.repeat(2, 1, 1, 1), batch.t.repeat(2)
-        conditioning = self.denoiser.encode_prompts(batch.prompts * 2)
+        conditioning = self.denoiser.with_sizes(self.denoiser.encode_prompts(batch.prompts * 2), batch.sizes)
         x = self.denoiser.schedule.add_noise(x0, noise, t)
         winners, losers = self.denoiser.predict(x, t, conditioning).chunk(2)
         return winners, losers
@@ -206,8 +208,12 @@ class DPO(Algorithm):
         }
 
     def _validation_chunks(self) -> list[list[int]]:
-        indices, size = list(range(len(self.validation_pairs))), self.config.batch_size
-        return [indices[i : i + size] for i in range(0, len(indices), size)]
+        size = self.config.batch_size
+        return [
+            list(group[i : i + size])
+            for group in self.validation_pairs.shapes.groups
+            for i in range(0, len(group), size)
+        ]
 
     def _validation_errors(self, indices: list[int]) -> Errors:
         """Errors, minus the reference's where there is one, of `indices` at every fixed timestep, flattened."""
@@ -253,7 +259,8 @@ def _ordered(margin: Tensor) -> Tensor:
 
 
 def open_data(config: DPORun, reward: RewardMixture | None) -> PreferencePairs:
-    pairs = PreferencePairs(config.data, config.algorithm.ties)
+    sizes = bucket_sizes(config.data.buckets, config.model.resolution)
+    pairs = PreferencePairs(config.data, config.algorithm.ties, sizes)
     scored = any(entry.weight for entry in config.rewards)
     if "margin" in config.algorithm.pair_loss.extras and not pairs.train.has_margins and not scored:
         raise DataError(
@@ -269,6 +276,9 @@ def open_data(config: DPORun, reward: RewardMixture | None) -> PreferencePairs:
 def build(
     config: DPORun, data: PreferencePairs, denoiser: Denoiser, reward: RewardMixture | None, context: Context
 ) -> DPO:
+    require_sizes(denoiser, data.train.buckets)
+    require_sizes(denoiser, data.validation.buckets)
+    say_buckets(data.describe(), data.train.buckets, config.algorithm.batch_size, context)
     context.say(_strength(config.algorithm, math.prod(denoiser.latent_shape)))
     cache = config.data.cache_latents
     return DPO(config.algorithm, denoiser, data, context, cache_latents=cache, reward=reward)

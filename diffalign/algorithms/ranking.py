@@ -163,7 +163,7 @@ def build(
         return RankDPO(config.algorithm, denoiser, prompts, latents, scores, context)
 
     def read(index: int) -> Tensor:
-        return data.load(index, denoiser.resolution)
+        return data.load(index, denoiser.size)
 
     latents = Latents(read, len(data), denoiser, context, cached=config.data.cache_latents)
     if data.scores is None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from diffalign.algorithms.base import Algorithm, Context
+from diffalign.algorithms.latents import Shapes, require_sizes, say_buckets
 from diffalign.algorithms.points import PointBatch, Points, join
 from diffalign.config import SFTConfig, SFTRun
+from diffalign.data.buckets import bucket_sizes
 from diffalign.data.images import CaptionedImages
-from diffalign.data.order import batch_indices, batch_positions, first_seen
+from diffalign.data.order import Order, batch_positions
 from diffalign.data.substitutes import Substitutes
 from diffalign.losses.base import LossOutput
 from diffalign.models.base import Denoiser
@@ -24,24 +26,27 @@ ENCODE_BATCH = 16
 class CaptionedLatents:
     """Captioned pictures as latents: encoded once and kept on the CPU, or encoded at each use.
 
-    For an unreadable picture another one stands in, caption and all, by `Substitutes`.
+    For an unreadable picture another one stands in, caption and all, by `Substitutes`. Where the pictures are sorted
+    into buckets, those that are taken together must be of one.
     """
 
     def __init__(
         self, images: CaptionedImages, denoiser: Denoiser, context: Context, *, cached: bool
     ) -> None:
         self._images, self._denoiser, self._poll = images, denoiser, context.poll
-        self._readable = Substitutes(self._read, len(images), context.seed, context.say)
-        self._cached: Tensor | None = None
+        self.shapes = Shapes(len(images), denoiser, images.buckets)
+        self._readable = Substitutes(self._read, len(images), context.seed, context.say, self.shapes.mates)
+        self._cached: list[Tensor] | None = None
         if cached:
+            self._places = self.shapes.places()
             with context.meter.phase("encoding"):
-                self._cached = denoiser.encode_in_batches(range(len(images)), self.picture, ENCODE_BATCH)
+                self._cached = [self._encode(group) for group in self.shapes.groups]
 
     def __len__(self) -> int:
         return len(self._images)
 
     def _read(self, index: int) -> Tensor:
-        return self._images.load(index, self._denoiser.resolution)
+        return self._images.load(index, self.shapes.size(index))
 
     def picture(self, index: int) -> Tensor:
         """[3, H, W] in [0, 1]."""
@@ -54,9 +59,18 @@ class CaptionedLatents:
 
     def take(self, indices: Sequence[int]) -> Tensor:
         """Latents [N, C, H, W] on the denoiser's device."""
-        if self._cached is not None:
-            return self._cached[list(indices)].to(self._denoiser.device)
-        return self._denoiser.encode_in_batches(indices, self.picture, ENCODE_BATCH).to(self._denoiser.device)
+        if self._cached is None:
+            return self._encode(indices).to(self._denoiser.device)
+        group = self._places[indices[0]][0]
+        rows = [self._places[index][1] for index in indices]
+        return self._cached[group][rows].to(self._denoiser.device)
+
+    def _encode(self, indices: Sequence[int]) -> Tensor:
+        return self._denoiser.encode_in_batches(indices, self.picture, ENCODE_BATCH)
+
+    def told(self, indices: Sequence[int]) -> Tensor | None:
+        """What a network may be told of the sizes of the pictures that `take` gave, see `Shapes.told`."""
+        return self.shapes.told([self._readable.index(index) for index in indices])
 
 
 class SFT(Algorithm):
@@ -77,33 +91,36 @@ class SFT(Algorithm):
         self.config, self.context = config, context
         self._points = Points(config, denoiser, context, "sft")
         self._pictures = CaptionedLatents(images, denoiser, context, cached=cache_latents)
+        self._order = Order(self._pictures.shapes.groups, config.batch_size, context.seed)
         self._prior: CaptionedLatents | None = None
         if prior is not None:
             self._prior_points = Points(config, denoiser, context, "prior")
             self._prior = CaptionedLatents(prior, denoiser, context, cached=config.prior.cache_latents)
+            seed = derive_seed(context.seed, "prior")
+            self._prior_order = Order(self._prior.shapes.groups, config.batch_size, seed)
 
     def updates(self, iteration: int) -> Iterator[list[PointBatch]]:
         accumulation = self.config.gradient_accumulation
         yield [self._batch(iteration * accumulation + i) for i in range(accumulation)]
 
     def _batch(self, step: int) -> PointBatch:
-        batch = self._batch_of(self._pictures, self._points, self.context.seed, step)
+        batch = self._batch_of(self._pictures, self._order, self._points, step)
         if self._prior is None:
             return batch
-        seed = derive_seed(self.context.seed, "prior")
-        prior = self._batch_of(self._prior, self._prior_points, seed, step)
+        prior = self._batch_of(self._prior, self._prior_order, self._prior_points, step)
         return join(batch, prior, self.config.prior.weight)
 
-    def _batch_of(self, pictures: CaptionedLatents, points: Points, seed: int, step: int) -> PointBatch:
-        context, size = self.context, self.config.batch_size
-        indices = batch_indices(len(pictures), size, step, seed, context.rank, context.world)
+    def _batch_of(self, pictures: CaptionedLatents, order: Order, points: Points, step: int) -> PointBatch:
+        context = self.context
+        indices = order.indices(step, context.rank, context.world)
         x0 = pictures.take(indices)
         return points.batch(
             x0,
             [pictures.caption(index) for index in indices],
-            batch_positions(size, step, context.rank, context.world),
-            new_captions=first_seen(len(pictures), size * context.world, step),
+            batch_positions(self.config.batch_size, step, context.rank, context.world),
+            new_captions=order.first_seen(step, context.world),
             weight=1 / self.config.gradient_accumulation,
+            sizes=pictures.told(indices),
         )
 
     def loss(self, batch: PointBatch) -> LossOutput:
@@ -124,13 +141,15 @@ class SFTData:
 
 
 def open_data(config: SFTRun, reward: RewardMixture | None) -> SFTData:
-    prior = config.algorithm.prior.images
-    return SFTData(CaptionedImages(config.data), None if prior is None else CaptionedImages(prior))
+    prior, sizes = config.algorithm.prior.images, bucket_sizes(config.data.buckets, config.model.resolution)
+    return SFTData(CaptionedImages(config.data, sizes), None if prior is None else CaptionedImages(prior))
 
 
 def build(
     config: SFTRun, data: SFTData, denoiser: Denoiser, reward: RewardMixture | None, context: Context
 ) -> SFT:
+    require_sizes(denoiser, data.images.buckets)
+    say_buckets(data.describe(), data.images.buckets, config.algorithm.batch_size, context)
     return SFT(
         config.algorithm,
         denoiser,

@@ -75,7 +75,7 @@ class SPIN(Algorithm):
         self._losers: dict[int, Tensor] = {}
 
     def _read(self, index: int) -> Tensor:
-        return self.images.load(index, self.denoiser.resolution)[None]
+        return self.images.load(index, self.denoiser.size)[None]
 
     def updates(self, iteration: int) -> Iterator[list[SelfPlayBatch]]:
         accumulation = self.config.gradient_accumulation

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from diffalign.cli.sampling_args import SamplingArgs, optional, run_behind
+from diffalign.cli.sampling_args import SamplingArgs, optional, picture_size, run_behind
 from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class Args:
     """DDIM noise scale: 0 is deterministic, 1 as noisy as DDPM. Default: as the run's, else 0."""
     guidance_scale: Annotated[float | None, optional("FLOAT")] = None
     """Classifier-free guidance weight; 1 turns guidance off. Default: as the run's, else 7.5."""
-    resolution: Annotated[int | None, optional("INT")] = None
-    """Picture side in pixels. Default: what the checkpoint was trained for."""
+    resolution: Annotated[str | None, optional("INT|HEIGHTxWIDTH")] = None
+    """Picture side in pixels, or height and width, as 512x768. Default: what the checkpoint was trained for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -105,7 +105,7 @@ def run(args: Args) -> None:
             args.checkpoint,
             device=args.device,
             mixed_precision=args.mixed_precision,
-            resolution=args.resolution,
+            resolution=picture_size(args.resolution),
         )
         try:
             kept.begin(args.checkpoint, denoiser.fingerprint())

@@ -33,7 +33,7 @@ from typing import Annotated
 
 import tyro
 
-from diffalign.cli.sampling_args import SamplingArgs, optional, run_behind
+from diffalign.cli.sampling_args import SamplingArgs, optional, picture_size, run_behind
 
 ALIGNMENT = "alignment.json"
 PROMPT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -85,7 +85,7 @@ def run(args: Args) -> None:
                 path,
                 device=options.device,
                 mixed_precision=options.mixed_precision,
-                resolution=options.resolution,
+                resolution=picture_size(options.resolution),
             )
             for path in (args.model, args.negative)
             if path is not None

@@ -12,6 +12,7 @@ from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffalign.config import Run, SamplerConfig
+    from diffalign.config.sizes import Resolution
 
 BUNDLED_WORLD = {"bundled:tiny-sd": "tiny/ddpo"}
 """Bundled checkpoint -> the shipped run that says how it is meant to be sampled."""
@@ -39,8 +40,8 @@ class SamplingArgs:
     """DDIM noise scale: 0 is deterministic, 1 as noisy as DDPM. Default: as the run's, else 0."""
     guidance_scale: Annotated[float | None, optional("FLOAT")] = None
     """Classifier-free guidance weight; 1 turns guidance off. Default: as the run's, else 7.5."""
-    resolution: Annotated[int | None, optional("INT")] = None
-    """Picture side in pixels. Default: what the checkpoint was trained for."""
+    resolution: Annotated[str | None, optional("INT|HEIGHTxWIDTH")] = None
+    """Picture side in pixels, or height and width, as 512x768. Default: what the checkpoint was trained for."""
     batch_size: int = 8
     """Pictures per denoiser call: more memory, more speed, the same pictures."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,13 +61,17 @@ class SamplingArgs:
 
         from diffalign.config import EvaluationConfig, SamplerConfig
 
-        least = {"seeds_per_prompt": 1, "seed": 0, "resolution": 1, "batch_size": 1, "limit": 1}
+        least = {"seeds_per_prompt": 1, "seed": 0, "batch_size": 1, "limit": 1}
         numbers = {name: getattr(self, name) for name in least}
         problems = [
             f"{_option(name)} must be at least {least[name]}; got {number}"
             for name, number in numbers.items()
             if number is not None and number < least[name]
         ]
+        try:
+            picture_size(self.resolution)
+        except ConfigError as error:
+            problems.append(error.what)
         evaluation = EvaluationConfig() if run is None else run.evaluation
         given = {"steps": self.steps, "eta": self.eta, "guidance_scale": self.guidance_scale}
         options = evaluation.sampler.model_dump()
@@ -81,6 +86,18 @@ class SamplingArgs:
         if problems:
             raise ConfigError("sampling options are wrong", problems=problems)
         return sampler
+
+
+def picture_size(resolution: str | None) -> Resolution | None:
+    """What --resolution says. Raises ConfigError for what is neither a side nor HEIGHTxWIDTH."""
+    from diffalign.config.sizes import parse_resolution
+
+    try:
+        return None if resolution is None else parse_resolution(resolution)
+    except ValueError as error:
+        raise ConfigError(
+            f"--resolution must be a side in pixels, or HEIGHTxWIDTH, of at least 1; got {resolution}"
+        ) from error
 
 
 def run_behind(checkpoints: Sequence[str]) -> Run | None:

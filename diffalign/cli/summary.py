@@ -16,20 +16,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     if not is_first_process():
         return
     console = Console()
-    statistics = importlib.import_module("diffalign_eval.statistics")
     table = importlib.import_module("diffalign_eval.table")
-    rows = [
-        table.ChangeRow(
-            metric=label,
-            prompts=set_name,
-            before=result["before"]["mean"],
-            after=result["after"]["mean"],
-            change=statistics.Interval(**_finite(result["change"])),
-            percent=label.endswith("accuracy"),
-        )
-        for set_name, rewards in summary["results"].items()
-        for label, result in rewards.items()
-    ]
+    rows = table.change_rows(summary["results"])
     if rows:
         console.print(table.before_after_table(rows, "same prompts, same seeds, before and after"))
         console.print(f"pictures   {folder / 'samples' / 'before-after.png'}", highlight=False)
@@ -40,9 +28,3 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         f"{summary['peak_memory_bytes'] / 1e9:.1f} GB peak memory",
         highlight=False,
     )
-
-
-def _finite(interval: dict[str, float | None]) -> dict[str, float]:
-    """JSON's null bounds as infinities."""
-    infinite = {"low": float("-inf"), "high": float("inf")}
-    return {key: infinite[key] if value is None else value for key, value in interval.items()}

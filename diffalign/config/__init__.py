@@ -5,11 +5,12 @@ Diffusion recipe; a shipped file differs from them only where its model or hardw
 overrides and error messages live in `config_file.py`; this package is pydantic only and imports no torch.
 """
 
+from diffalign.config.adapters import AdapterConfig, LoRAConfig
 from diffalign.config.base import Options
-from diffalign.config.data import ImagesConfig, PairsConfig, PromptsConfig
+from diffalign.config.data import ImagesConfig, PairsConfig, PicturesConfig, PromptsConfig
 from diffalign.config.forward_process import AWMConfig, AWMRun, NFTConfig, NFTRun
 from diffalign.config.guards import GuardsConfig
-from diffalign.config.model import LoRAConfig, ModelConfig, RewardConfig, SamplerConfig
+from diffalign.config.model import ModelConfig, RewardConfig, SamplerConfig
 from diffalign.config.online import (
     DDPOConfig,
     DDPORun,
@@ -88,6 +89,7 @@ __all__ = [
     "RUNS",
     "AWMConfig",
     "AWMRun",
+    "AdapterConfig",
     "AlgorithmConfig",
     "AlignPropConfig",
     "AlignPropRun",
@@ -121,6 +123,7 @@ __all__ = [
     "PRDPConfig",
     "PRDPRun",
     "PairsConfig",
+    "PicturesConfig",
     "PriorConfig",
     "PromptsConfig",
     "RAFTConfig",

@@ -7,9 +7,17 @@ from typing import Annotated
 from pydantic import Field
 
 from diffalign.config.base import Options
+from diffalign.config.sizes import BucketsOption, Resolution
 
 
-class ImagesConfig(Options):
+def bucket_conflicts(buckets: BucketsOption | None, resolution: Resolution | None) -> list[str]:
+    """What is wrong between `data.buckets` and `model.resolution`."""
+    if buckets == "auto" and resolution is None:
+        return ["data.buckets: auto makes sizes of the area of model.resolution; set that too"]
+    return []
+
+
+class PicturesConfig(Options):
     path: Annotated[str, Field(min_length=1)]
     """A folder (metadata.jsonl, or a .txt beside each picture) or a parquet file."""
     image_column: str | None = None
@@ -18,6 +26,12 @@ class ImagesConfig(Options):
     """Column or jsonl key of the caption. Default: the first of text, caption, prompt."""
     cache_latents: bool = True
     """Encode every picture once at the start (kept in memory, float32) instead of at each use."""
+
+
+class ImagesConfig(PicturesConfig):
+    buckets: BucketsOption | None = None
+    """Sizes to train at, [[height, width], ...] in pixels, or auto: sizes of about the area of model.resolution. Each
+    picture is cropped to the one nearest to its shape; a batch has one size. Default: all at model.resolution."""
 
 
 class PairsConfig(Options):
@@ -29,6 +43,9 @@ class PairsConfig(Options):
     """Share of pairs held out by a hash of their prompt; 0: none."""
     cache_latents: bool = True
     """Encode every picture once at the start instead of at each use."""
+    buckets: BucketsOption | None = None
+    """Sizes to train at, [[height, width], ...] in pixels, or auto: sizes of about the area of model.resolution. Both
+    pictures of a pair are cropped to the one nearest to the preferred one's shape. Default: all at model.resolution."""
 
 
 class PromptsConfig(Options):

@@ -6,18 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from diffalign.config.adapters import AdapterConfig, LoRAConfig, adapter_problems
 from diffalign.config.base import Options, raise_all
+from diffalign.config.sizes import ResolutionOption
 from diffalign.redaction import written_secrets
-
-
-class LoRAConfig(Options):
-    rank: PositiveInt = 4
-    """Rank of the low-rank update of each target module."""
-    alpha: PositiveFloat | None = None
-    """Scale numerator: the update is multiplied by alpha / rank. Default: alpha = rank."""
-    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
-    """Suffixes of the denoising network's module names that get an adapter. Default: the projections of its attention
-    (to_q, to_k, to_v, to_out.0; in the joint attention of SD 3 and FLUX also those of the prompt)."""
 
 
 class ModelConfig(Options):
@@ -27,8 +19,9 @@ class ModelConfig(Options):
     """Hub revision (branch, tag or commit) of `path`."""
     variant: str | None = None
     """Weight-file variant in a diffusers folder, e.g. fp16."""
-    resolution: PositiveInt | None = None
-    """Picture side in pixels. Default: what the checkpoint was trained for."""
+    resolution: ResolutionOption | None = None
+    """Size of the pictures that are sampled, and trained on without data.buckets: a side in pixels, or [height, width].
+    Default: what the checkpoint was trained for."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """Override the checkpoint's own parameterisation (single files do not always carry it)."""
     zero_terminal_snr: bool | None = None
@@ -37,14 +30,46 @@ class ModelConfig(Options):
     """Folder or hub id with a single file's configuration and tokenizer. Default: diffusers' guess (hub)."""
     lora: LoRAConfig | None = LoRAConfig()
     """Train an adapter; null trains all weights of the denoising network."""
+    adapters: list[AdapterConfig] = []
+    """LoRAs that there are already, in the order in which they are added."""
     train_text_encoder: bool = False
-    """Train the CLIP text encoders too (by LoRA or in full, as the denoising network). T5 always stays as it is."""
+    """Train the CLIP text encoders too (by LoRA or in full, as the denoising network). T5, Gemma and Qwen always stay as
+    they are."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage and compute type of the VAE, apart from the rest."""
     vae_slicing: bool = False
     """Decode one picture at a time: less memory, a little slower."""
     vae_tiling: bool = False
     """Decode large pictures in overlapping tiles."""
+    offload_text_encoders: bool = False
+    """Keep frozen text encoders in the CPU's memory, except while they encode prompts that are not yet in the cache."""
+    offload_vae: bool = False
+    """Keep the VAE in the CPU's memory, except while it encodes or decodes pictures."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Store the network that a LoRA leaves as it is in 8 or 4 bits: the linear layers of its blocks. nf4 is QLoRA's
+    format, and needs bitsandbytes (pip install 'diffalign[quantization]')."""
+
+    @model_validator(mode="after")
+    def _adapters_can_be_combined(self) -> ModelConfig:
+        return raise_all(self, list(adapter_problems(self.lora, self.adapters)))
+
+    @model_validator(mode="after")
+    def _only_what_is_frozen_is_put_away(self) -> ModelConfig:
+        problems = []
+        if self.offload_text_encoders and self.train_text_encoder:
+            problems.append(
+                "offload_text_encoders: trained text encoders are needed in every step (train_text_encoder)"
+            )
+        if self.quantization is not None and self.lora is None:
+            problems.append("quantization: lora: null trains all weights, and these cannot be quantised (give lora)")
+        if self.quantization is not None and self.lora is not None and self.lora.kind == "dora":
+            problems.append("quantization: dora needs the lengths of the base model's rows (use lora or rslora)")
+        if self.quantization is not None and any(adapter.mode == "merge" for adapter in self.adapters):
+            problems.append(
+                "quantization: the exported LoRA is one of the plain base model, which must be what was quantised "
+                "(adapters: mode freeze instead of merge, which comes to the same)"
+            )
+        return raise_all(self, problems)
 
 
 class SamplerConfig(Options):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from diffalign.config.base import Share, raise_all
-from diffalign.config.data import PairsConfig
+from diffalign.config.data import PairsConfig, bucket_conflicts
 from diffalign.config.run import AlgorithmConfig, Run
 from diffalign.losses.pair_table import PAIR_LOSSES, PairLoss, problems
 
@@ -60,6 +60,9 @@ class DPORun(Run):
     implementation = "diffalign.algorithms.preference"
     algorithm: DPOConfig
     data: PairsConfig
+
+    def _conflicts(self) -> list[str]:
+        return super()._conflicts() + bucket_conflicts(self.data.buckets, self.model.resolution)
 
     def samples_per_iteration(self, processes: int) -> int:
         return 2 * self.algorithm.batch_size * self.algorithm.gradient_accumulation * processes

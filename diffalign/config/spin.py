@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from diffalign.config.data import ImagesConfig
+from diffalign.config.data import PicturesConfig
 from diffalign.config.model import SamplerConfig
 from diffalign.config.run import AlgorithmConfig, Run
 
@@ -28,7 +28,7 @@ class SPINConfig(AlgorithmConfig):
 class SPINRun(Run):
     implementation = "diffalign.algorithms.spin"
     algorithm: SPINConfig
-    data: ImagesConfig
+    data: PicturesConfig
     sampler: SamplerConfig = SamplerConfig()
     """How the opponent's pictures are sampled."""
 

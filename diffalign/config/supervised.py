@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from diffalign.config.base import Fraction, Options, raise_all
-from diffalign.config.data import ImagesConfig, PromptsConfig
+from diffalign.config.data import ImagesConfig, PicturesConfig, PromptsConfig, bucket_conflicts
 from diffalign.config.model import SamplerConfig
 from diffalign.config.online import OnlineRun
 from diffalign.config.run import AlgorithmConfig, Run
@@ -103,11 +103,11 @@ class PriorConfig(Options):
         return raise_all(self, problems)
 
     @property
-    def images(self) -> ImagesConfig | None:
+    def images(self) -> PicturesConfig | None:
         """What the set is opened by."""
         if self.path is None:
             return None
-        return ImagesConfig(
+        return PicturesConfig(
             path=self.path,
             image_column=self.image_column,
             caption_column=self.caption_column,
@@ -126,6 +126,14 @@ class SFTRun(Run):
     implementation = "diffalign.algorithms.sft"
     algorithm: SFTConfig
     data: ImagesConfig
+
+    def _conflicts(self) -> list[str]:
+        problems = super()._conflicts() + bucket_conflicts(self.data.buckets, self.model.resolution)
+        if self.data.buckets is not None and self.algorithm.prior.path is not None:
+            problems.append(
+                "data.buckets: a batch has one size, and algorithm.prior adds pictures of other shapes; leave one out"
+            )
+        return problems
 
     def samples_per_iteration(self, processes: int) -> int:
         sets = 1 if self.algorithm.prior.path is None else 2
@@ -194,7 +202,7 @@ class RWRConfig(SelfTrainingConfig):
         return problems
 
 
-class RWRDataConfig(ImagesConfig, PromptsConfig):
+class RWRDataConfig(PicturesConfig, PromptsConfig):
     path: Annotated[str, Field(min_length=1)]
     """source = samples: a prompt file, as for online RL. source = data: captioned pictures, as for SFT."""
 

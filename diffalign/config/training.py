@@ -19,6 +19,9 @@ class TrainingConfig(Options):
     """Shape of the learning rate after warm-up; linear and cosine reach 0 just after the last iteration."""
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
     """Iterations of linear warm-up."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the moments of weights of 4,096 numbers or more in 8 bits: about 2 bytes a number instead of 8. It
+    needs bitsandbytes (pip install 'diffalign[quantization]')."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's averaging constants."""
     adam_epsilon: PositiveFloat = 1e-8
@@ -32,9 +35,9 @@ class TrainingConfig(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     gradient_checkpointing: bool = False
-    """Recompute UNet activations in the backward pass: less memory, about a third slower."""
+    """Recompute the network's activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
-    """torch.compile the UNet's repeated blocks (minutes at the start, faster steps on a GPU)."""
+    """torch.compile the network's repeated blocks, or the network (minutes at the start, faster steps on a GPU)."""
     tf32: bool = True
     """TensorFloat-32 matrix products for float32 work on GPUs that have them."""
     channels_last: bool = True

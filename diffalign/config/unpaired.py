@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from diffalign.config.base import Options
+from diffalign.config.data import bucket_conflicts
 from diffalign.config.run import AlgorithmConfig, Run
+from diffalign.config.sizes import BucketsOption
 
 
 class LabelledConfig(Options):
@@ -19,6 +21,9 @@ class LabelledConfig(Options):
     """from_pairs: share of pairs left out by a hash of their prompt, those that dpo holds out of the same file."""
     cache_latents: bool = True
     """Encode every picture once at the start (kept in memory, float32) instead of at each use."""
+    buckets: BucketsOption | None = None
+    """Sizes to train at, [[height, width], ...] in pixels, or auto: sizes of about the area of model.resolution. Each
+    picture is cropped to the one nearest to its shape; a batch has one size. Default: all at model.resolution."""
 
 
 class KTOConfig(AlgorithmConfig):
@@ -39,6 +44,9 @@ class KTORun(Run):
     implementation = "diffalign.algorithms.kto"
     algorithm: KTOConfig
     data: LabelledConfig
+
+    def _conflicts(self) -> list[str]:
+        return super()._conflicts() + bucket_conflicts(self.data.buckets, self.model.resolution)
 
     def samples_per_iteration(self, processes: int) -> int:
         return self.algorithm.batch_size * self.algorithm.gradient_accumulation * processes

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from diffalign.assets import resolve
-from diffalign.config import ImagesConfig
+from diffalign.config import PicturesConfig
+from diffalign.config.sizes import Resolution, Size
+from diffalign.data.buckets import Buckets
 from diffalign.data.inside import inside
 from diffalign.data.tables import JsonTable, ParquetTable, picture_source
 from diffalign.data.textfiles import choose_column, listed, read_text
 from diffalign.errors import DataError
-from diffalign.images import open_image, resize_crop, to_tensor
+from diffalign.images import open_image, picture_size, resize_crop, to_tensor
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "picture")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -29,13 +32,14 @@ class CaptionedImages:
         config: `path` is a Parquet file (or a pattern of several), a folder with `metadata.jsonl`
             (`file_name` and a caption per line), or a folder, searched recursively, with a .txt beside each
             picture. Pictures of a folder come in the order of their paths.
+        sizes: buckets to sort the pictures into; None: none.
 
     Raises:
         DataError: nothing there, or pictures without a caption (the first few are listed). Pictures are
             decoded by `load` only.
     """
 
-    def __init__(self, config: ImagesConfig) -> None:
+    def __init__(self, config: PicturesConfig, sizes: Sequence[Size] | None = None) -> None:
         path = resolve(config.path)
         self._table: ParquetTable | None = None
         self._files: list[Path] = []
@@ -52,32 +56,39 @@ class CaptionedImages:
         else:
             self._table = ParquetTable(path)
             self._column, self._captions = _from_parquet(self._table, path, config)
+        self.buckets = None if sizes is None else Buckets(sizes, len(self), self.sizes)
 
     def __len__(self) -> int:
         return len(self._captions)
 
     def describe(self) -> str:
         """What there is, counted."""
-        return f"{len(self):,} captioned pictures"
+        words = f"{len(self):,} captioned pictures"
+        return words if self.buckets is None else f"{words} of {self.buckets.describe()}"
 
     def caption(self, index: int) -> str:
         return self._captions[index]
 
-    def load(self, index: int, resolution: int) -> Tensor:
-        """Picture `index`, its centre square resized: float32 [3, resolution, resolution] in [0, 1].
+    def sizes(self, index: int) -> list[Size]:
+        """Height and width of picture `index` as it is, from its header. Raises DataError as `load`."""
+        return [picture_size(*self._source(index))]
+
+    def load(self, index: int, resolution: Resolution) -> Tensor:
+        """Picture `index`, its centre resized: float32 [3, height, width] in [0, 1]; see `resize_crop`.
 
         Raises:
             DataError: the picture is missing or damaged; the message names its file or row.
         """
-        source: Path | bytes
-        if self._table is None:
-            source = self._files[index]
-            where = str(source)
-        else:
-            where = self._table.where(index)
-            (cell,) = self._table.cells(index, (self._column,))
-            source = picture_source(cell, self._table.folder, where)
+        source, where = self._source(index)
         return to_tensor([resize_crop(open_image(source, where), resolution)])[0]
+
+    def _source(self, index: int) -> tuple[Path | bytes, str]:
+        """A picture as `open_image` takes it, and its place for messages."""
+        if self._table is None:
+            return self._files[index], str(self._files[index])
+        where = self._table.where(index)
+        (cell,) = self._table.cells(index, (self._column,))
+        return picture_source(cell, self._table.folder, where), where
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -120,7 +131,7 @@ def _sidecars(folder: Path, pictures: list[Path]) -> dict[Path, str]:
     return captions
 
 
-def _from_metadata(folder: Path, pictures: list[Path], config: ImagesConfig) -> dict[Path, str]:
+def _from_metadata(folder: Path, pictures: list[Path], config: PicturesConfig) -> dict[Path, str]:
     table = JsonTable(folder / METADATA)
     where = str(folder / METADATA)
     name_key = choose_column([config.image_column or "file_name"], table.columns, where)
@@ -141,7 +152,7 @@ def _from_metadata(folder: Path, pictures: list[Path], config: ImagesConfig) -> 
     return dict(sorted(captions.items(), key=lambda item: item[0].as_posix()))
 
 
-def _from_parquet(table: ParquetTable, path: Path, config: ImagesConfig) -> tuple[str, list[str]]:
+def _from_parquet(table: ParquetTable, path: Path, config: PicturesConfig) -> tuple[str, list[str]]:
     candidates = [config.image_column] if config.image_column else IMAGE_COLUMNS
     image_column = choose_column(candidates, table.columns, str(path))
     captions = [_text(value) for value in table.column(_caption_column(table.columns, config, str(path)))]
@@ -151,7 +162,7 @@ def _from_parquet(table: ParquetTable, path: Path, config: ImagesConfig) -> tupl
     return image_column, captions
 
 
-def _caption_column(present: list[str], config: ImagesConfig, where: str) -> str:
+def _caption_column(present: list[str], config: PicturesConfig, where: str) -> str:
     return choose_column(
         [config.caption_column] if config.caption_column else CAPTION_COLUMNS, present, where
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from diffalign.assets import resolve
 from diffalign.config import LabelledConfig, PairsConfig
+from diffalign.config.sizes import Resolution, Size
+from diffalign.data.buckets import Buckets
 from diffalign.data.images import CAPTION_COLUMNS, IMAGE_COLUMNS, METADATA
 from diffalign.data.inside import inside
 from diffalign.data.preferences import BINARIZED, LABELLED, PreferencePairs
 from diffalign.data.tables import JsonTable, Table, open_table, picture_source
 from diffalign.data.textfiles import choose_column, listed
 from diffalign.errors import DataError
-from diffalign.images import open_image, resize_crop, to_tensor
+from diffalign.images import open_image, picture_size, resize_crop, to_tensor
 
 LABEL = "label"
 FILE_COLUMNS = ("file_name", *IMAGE_COLUMNS)
@@ -40,13 +42,14 @@ class LabelledImages:
 
     Args:
         config: where they are.
+        sizes: buckets to sort the pictures into; None: none.
 
     Raises:
         DataError: no labels (pairs and captioned pictures are told what they are for), one that is neither true nor
             false, pictures of one kind only, or a picture or caption that is missing. Pictures are decoded by `load`.
     """
 
-    def __init__(self, config: LabelledConfig) -> None:
+    def __init__(self, config: LabelledConfig, sizes: Sequence[Size] | None = None) -> None:
         self._found = _from_pairs(config) if config.from_pairs else _from_table(config)
         self.pictures_per_label = 2 if config.from_pairs else 1
         """A judged pair is one label and gives two pictures."""
@@ -58,6 +61,7 @@ class LabelledImages:
                 why="kto learns from the contrast of liked and disliked pictures",
                 hint="sft learns from good pictures alone",
             )
+        self.buckets = None if sizes is None else Buckets(sizes, len(self), self.sizes)
 
     def __len__(self) -> int:
         return len(self._found.captions)
@@ -69,13 +73,18 @@ class LabelledImages:
     def describe(self) -> str:
         """What there is to train on, counted."""
         liked = sum(self.labels)
-        return f"{len(self):,} labelled pictures ({liked:,} liked, {len(self) - liked:,} disliked)"
+        words = f"{len(self):,} labelled pictures ({liked:,} liked, {len(self) - liked:,} disliked)"
+        return words if self.buckets is None else f"{words} of {self.buckets.describe()}"
 
     def caption(self, index: int) -> str:
         return self._found.captions[index]
 
-    def load(self, index: int, resolution: int) -> Tensor:
-        """Picture `index`, its centre square resized: float32 [3, resolution, resolution] in [0, 1].
+    def sizes(self, index: int) -> list[Size]:
+        """Height and width of picture `index` as it is, from its header. Raises DataError as `load`."""
+        return [picture_size(*self._found.picture(index))]
+
+    def load(self, index: int, resolution: Resolution) -> Tensor:
+        """Picture `index`, its centre resized: float32 [3, height, width] in [0, 1]; see `resize_crop`.
 
         Raises:
             DataError: the picture is missing or damaged; the message names its row.

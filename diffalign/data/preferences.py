@@ -13,11 +13,13 @@ from torch import Tensor
 
 from diffalign.assets import resolve
 from diffalign.config import PairsConfig
+from diffalign.config.sizes import Resolution, Size
+from diffalign.data.buckets import Buckets
 from diffalign.data.inside import inside
 from diffalign.data.tables import JsonTable, Table, open_table, picture_source
 from diffalign.data.textfiles import choose_column, listed
 from diffalign.errors import DataError
-from diffalign.images import open_image, resize_crop, to_tensor
+from diffalign.images import open_image, picture_size, resize_crop, to_tensor
 
 PROMPT_COLUMNS = ("caption", "prompt", "text")
 LABELLED = ("jpg_0", "jpg_1", "label_0")
@@ -41,6 +43,7 @@ class PreferencePairs:
         config: where the pairs are.
         ties: leave pairs with probability 0.5 out of `train`, or keep them ("soft"). `validation` never holds
             ties: they have no accuracy.
+        sizes: buckets to sort the pairs into, by their preferred pictures; None: none.
 
     Raises:
         DataError: prompts or captioned pictures instead of pairs, a missing column (those present are listed), a
@@ -50,7 +53,9 @@ class PreferencePairs:
     train: PairSet
     validation: PairSet
 
-    def __init__(self, config: PairsConfig, ties: Literal["drop", "soft"]) -> None:
+    def __init__(
+        self, config: PairsConfig, ties: Literal["drop", "soft"], sizes: Sequence[Size] | None = None
+    ) -> None:
         pairs = _Pairs.read(config.path)
         rows = range(len(pairs.prompts))
         held_out: Sequence[int]
@@ -71,20 +76,23 @@ class PreferencePairs:
                 why=f"all of the {len(rows)} pairs are held out for validation, or ties",
                 hint="lower data.validation_fraction, or name a data.validation_path",
             )
-        self.train = PairSet(pairs, training)
-        self.validation = PairSet(validation, validation.decided(held_out))
+        self.train = PairSet(pairs, training, sizes)
+        self.validation = PairSet(validation, validation.decided(held_out), sizes)
 
     def describe(self) -> str:
         """What there is to train on, counted."""
-        return f"{len(self.train):,} judged pairs"
+        words = f"{len(self.train):,} judged pairs"
+        buckets = self.train.buckets
+        return words if buckets is None else f"{words} of {buckets.describe()}"
 
 
 class PairSet:
     """Some pairs of a table, each with its preferred picture first. Made by `PreferencePairs`."""
 
-    def __init__(self, pairs: _Pairs, rows: Sequence[int]) -> None:
+    def __init__(self, pairs: _Pairs, rows: Sequence[int], sizes: Sequence[Size] | None = None) -> None:
         self._pairs = pairs
         self._rows = rows
+        self.buckets = None if sizes is None else Buckets(sizes, len(self), self.sizes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -109,8 +117,12 @@ class PairSet:
         margin = self._pairs.margins[self._rows[index]]
         return -margin if self._column(index, 0) else margin
 
-    def load(self, index: int, resolution: int) -> tuple[Tensor, Tensor]:
-        """Winner and loser, their centre squares resized: float32 [3, resolution, resolution] in [0, 1].
+    def sizes(self, index: int) -> list[Size]:
+        """Heights and widths of winner and loser as they are, from their headers. Raises DataError as `load`."""
+        return [picture_size(self.source(index, n), self.place(index, n)) for n in (0, 1)]
+
+    def load(self, index: int, resolution: Resolution) -> tuple[Tensor, Tensor]:
+        """Winner and loser, their centres resized: each float32 [3, height, width] in [0, 1]; see `resize_crop`.
 
         Raises:
             DataError: a picture is missing or damaged; the message names its row and column.

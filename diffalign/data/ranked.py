@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffalign.assets import resolve
 from diffalign.config import RankedConfig
+from diffalign.config.sizes import Resolution
 from diffalign.data.images import CAPTION_COLUMNS
 from diffalign.data.prompts import PUBLISHED, load_prompts
 from diffalign.data.tables import JsonTable, Table, open_table, picture_source
@@ -98,8 +99,8 @@ class RankedLists:
     def prompt(self, index: int) -> str:
         return self._prompts[self._rows[index]]
 
-    def load(self, index: int, resolution: int) -> Tensor:
-        """The pictures of list `index`, their centre squares resized: float32 [k, 3, resolution, resolution] in [0, 1].
+    def load(self, index: int, resolution: Resolution) -> Tensor:
+        """The pictures of list `index`, their centres resized: float32 [k, 3, height, width] in [0, 1].
 
         Raises:
             DataError: a picture is missing or damaged; the message names its row and place.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from diffalign.data.textfiles import listed
@@ -26,12 +26,18 @@ class Substitutes(Generic[T]):
         count: items in all.
         seed: chooses the substitutes.
         say: told of every unreadable item, once.
+        among: item -> those that may stand in for it; None: all.
     """
 
     def __init__(
-        self, load: Callable[[int], T], count: int, seed: int, say: Callable[[str], None] = print
+        self,
+        load: Callable[[int], T],
+        count: int,
+        seed: int,
+        say: Callable[[str], None] = print,
+        among: Callable[[int], Sequence[int]] | None = None,
     ) -> None:
-        self._load, self._count, self._seed, self._say = load, count, seed, say
+        self._load, self._count, self._seed, self._say, self._among = load, count, seed, say, among
         self._instead: dict[int, int] = {}
         self._errors: dict[int, DataError] = {}
 
@@ -54,7 +60,7 @@ class Substitutes(Generic[T]):
         while True:
             if present not in self._errors:
                 try:
-                    item = self._try(present)
+                    item = read_patiently(self._load, present)
                 except DataError as error:
                     self._remember(present, error)
                 else:
@@ -62,18 +68,10 @@ class Substitutes(Generic[T]):
                         self._instead[index] = present
                     return item
             tried += 1
-            present = derive_seed(self._seed, "substitute", index, tried) % self._count
-
-    def _try(self, index: int) -> T:
-        for pause in PAUSES:
-            try:
-                return self._load(index)
-            except DataError as error:
-                cause = error.__cause__
-                if not isinstance(cause, OSError) or cause.errno is None:  # damaged, not away
-                    raise
-            time.sleep(pause)
-        return self._load(index)
+            others = range(self._count) if self._among is None else self._among(index)
+            if all(other in self._errors for other in others):
+                raise self._errors[index]
+            present = others[derive_seed(self._seed, "substitute", index, tried) % len(others)]
 
     def _remember(self, index: int, error: DataError) -> None:
         self._errors[index] = error
@@ -91,3 +89,16 @@ class Substitutes(Generic[T]):
             why=error.why or error.what,
             hint="repair them or take them out; diffalign score lists all that cannot be read",
         ) from error
+
+
+def read_patiently(load: Callable[[int], T], index: int) -> T:
+    """`load(index)`, tried again after a while where the system could not open the file."""
+    for pause in PAUSES:
+        try:
+            return load(index)
+        except DataError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno is None:  # damaged, not away
+                raise
+        time.sleep(pause)
+    return load(index)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.config import SamplerConfig
+from diffalign.config.sizes import Size
 from diffalign.schedule import ForwardProcess
 from diffalign.transitions import Sampler
 
@@ -27,7 +28,7 @@ class Conditioning:
         embeddings: [B, L, C], one row per prompt.
         unconditional: [1, L, C], no prompt, for classifier-free guidance.
         extra: name -> [B, ...], whatever else a family tells its network (pooled embeddings, picture sizes).
-        unconditional_extra: the same names -> [1, ...].
+        unconditional_extra: the same names -> [1, ...]; without what is not of a prompt (sizes), which stays as it is.
     """
 
     embeddings: Tensor
@@ -45,7 +46,8 @@ class Conditioning:
 
     def after_unconditional(self) -> Conditioning:
         """2B rows for one guided pass: "no prompt" B times, then the B prompts."""
-        extra = {name: _below(self.unconditional_extra[name], value) for name, value in self.extra.items()}
+        without = self.unconditional_extra
+        extra = {name: _below(without.get(name, value), value) for name, value in self.extra.items()}
         return replace(self, embeddings=_below(self.unconditional, self.embeddings), extra=extra)
 
 
@@ -59,14 +61,14 @@ class Denoiser(ABC):
     Attributes:
         schedule: noise levels and parameterisation.
         device: where the networks live.
-        resolution: side of a picture in pixels.
+        size: height and width in pixels of the pictures that are sampled, and trained on without buckets.
         latent_shape: (C, H, W) of one latent.
         trains_text_encoder: prompts must be encoded inside the loss, with gradients.
     """
 
     schedule: ForwardProcess
     device: torch.device
-    resolution: int
+    size: Size
     latent_shape: tuple[int, int, int]
     trains_text_encoder: bool
 
@@ -82,6 +84,18 @@ class Denoiser(ABC):
 
         Condition and no-condition go through the network in one pass; w = 1 skips the latter.
         """
+
+    def with_sizes(self, conditioning: Conditioning, sizes: Tensor | None) -> Conditioning:
+        """`conditioning` with what its pictures were before they were cropped, for a family that is told.
+
+        Args:
+            sizes: [B, 6] pixels, see `data.buckets.told`; None: as sampled, from pictures of the size they have.
+        """
+        return conditioning
+
+    def require_size(self, size: Size, option: str) -> None:
+        """Raise ConfigError, which names `option`, for pictures of a size that the model cannot take."""
+        return
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from diffalign.config import ModelConfig
 from diffalign.errors import CheckpointError
 from diffalign.models.base import Conditioning, Denoiser
+from diffalign.models.offload import on_device
 from diffalign.models.pipeline_networks import PipelineNetworks
 
 PROMPT_CACHE_BYTES = 512 * 2**20
@@ -72,12 +74,13 @@ class DiffusersDenoiser(PipelineNetworks):
 
     def _cached(self, texts: Sequence[str]) -> dict[str, Tensor]:
         missing = [text for text in dict.fromkeys(texts) if text not in self._prompt_cache]
-        for start in range(0, len(missing), 64):
-            chunk = missing[start : start + 64]
-            with torch.no_grad():
+        lent = self.config.offload_text_encoders and bool(missing)
+        with torch.no_grad(), on_device(self.encoders.values(), self.device, lent=lent):
+            for start in range(0, len(missing), 64):
+                chunk = missing[start : start + 64]
                 rows = self._encode(chunk)
-            for i, text in enumerate(chunk):
-                self._prompt_cache[text] = {name: value[i].clone() for name, value in rows.items()}
+                for i, text in enumerate(chunk):
+                    self._prompt_cache[text] = {name: value[i].clone() for name, value in rows.items()}
         encoded = [self._prompt_cache[text] for text in texts]
         size = sum(value.nbytes for value in encoded[-1].values())
         while len(self._prompt_cache) * size > PROMPT_CACHE_BYTES:
@@ -144,12 +147,21 @@ class DiffusersDenoiser(PipelineNetworks):
 
     def encode_images(self, images: Tensor) -> Tensor:
         pixels = (2 * images - 1).to(self.device, self.vae.dtype)
-        mean = self.vae.encode(pixels).latent_dist.mean.float()
-        return (mean - self._latent_shift()) * self.vae.config.scaling_factor
+        with self._vae_on_device():
+            return (self._encoded(pixels).float() - self._latent_shift()) * self.vae.config.scaling_factor
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """The VAE's latents, without shift and scale, of pictures in [-1, 1]."""
+        mean: Tensor = self.vae.encode(pixels).latent_dist.mean
+        return mean
 
     def decode(self, latents: Tensor) -> Tensor:
         scaled = latents.float() / self.vae.config.scaling_factor + self._latent_shift()
-        return (self.vae.decode(scaled.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        with self._vae_on_device():
+            return (self.vae.decode(scaled.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def _vae_on_device(self) -> AbstractContextManager[None]:
+        return on_device([self.vae], self.device, lent=self.config.offload_vae)
 
     def _latent_shift(self) -> float:
         return float(self.vae.config.get("shift_factor") or 0.0)

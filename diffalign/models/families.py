@@ -18,6 +18,9 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "diffalign.models.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "diffalign.models.stable_diffusion_3:StableDiffusion3",
     "FluxPipeline": "diffalign.models.flux:Flux",
+    "PixArtSigmaPipeline": "diffalign.models.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "diffalign.models.sana:Sana",
+    "ZImagePipeline": "diffalign.models.z_image:ZImage",
 }
 """Pipeline class named in model_index.json -> its Denoiser, imported when needed. A new family adds one line."""
 SINGLE_FILE_MARKS = (

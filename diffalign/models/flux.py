@@ -31,6 +31,7 @@ class Flux(LatentFlow):
     load_options: ClassVar[dict[str, object]] = {"image_encoder": None, "feature_extractor": None}
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     trained_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    bfloat16_encoders: ClassVar[tuple[str, ...]] = ("text_encoder_2",)
     t5_name: ClassVar[str] = "text_encoder_2"
     t5_length: ClassVar[int] = 512
     samples_whole_range: ClassVar[bool] = True

@@ -1,11 +1,12 @@
-"""Families with a variance-preserving schedule and a UNet: betas from the checkpoint's scheduler, DDIM and DDPM."""
+"""Families with a variance-preserving schedule: betas from the checkpoint's scheduler, DDIM and DDPM."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
 
 from diffalign.config import SamplerConfig
 from diffalign.errors import CheckpointError, ConfigError
@@ -15,7 +16,7 @@ from diffalign.transitions import Sampler
 
 
 class LatentDiffusion(DiffusersDenoiser):
-    """What Stable Diffusion 1, 2 and XL have in common: see `DiffusersDenoiser`."""
+    """What Stable Diffusion 1, 2, XL and PixArt have in common: see `DiffusersDenoiser`."""
 
     schedule: NoiseSchedule
     network_name: ClassVar[str] = "unet"
@@ -26,8 +27,17 @@ class LatentDiffusion(DiffusersDenoiser):
         """The denoising network; inside `reference()`, that of the reference."""
         return self.network
 
+    def _require_safe_vae(self) -> None:
+        """Raise ConfigError for the VAE of Stable Diffusion XL, which others share, in float16."""
+        if self.config.vae_dtype == "float16" and self.vae.config.force_upcast:
+            raise ConfigError(
+                "model.vae_dtype: this checkpoint's VAE overflows in float16 and returns black pictures",
+                hint="use bfloat16 or float32, or a VAE made for float16, whose config has force_upcast: false",
+            )
+
     def _set_schedule(self) -> None:
         self._scheduler_config = self._effective_scheduler_config()
+        self._solver = isinstance(self.pipeline.scheduler, DPMSolverMultistepScheduler)
         if self.config.prediction_type is not None or self.config.zero_terminal_snr is not None:
             scheduler = DDIMScheduler.from_config(self._scheduler_config)
             self.pipeline.scheduler = scheduler  # exported with the weights
@@ -39,7 +49,8 @@ class LatentDiffusion(DiffusersDenoiser):
     def _effective_scheduler_config(self) -> dict[str, object]:
         name = type(self.pipeline.scheduler).__name__
         settings = dict(self.pipeline.scheduler.config)
-        if name.startswith(("EDM", "FlowMatch")) or settings.get("use_flow_sigmas"):
+        others = name.startswith(("EDM", "FlowMatch")) or settings.get("use_flow_sigmas")
+        if others or "beta_schedule" not in settings:
             raise CheckpointError(
                 f"{self.config.path} has another noise schedule than its family: {name}",
                 why="DDIM and DDPM need the betas of a variance-preserving diffusion",
@@ -79,7 +90,10 @@ class LatentDiffusion(DiffusersDenoiser):
             )
         scheduler.set_timesteps(config.steps)
         timesteps = scheduler.timesteps.long()
-        if config.kind == "ddim":
+        follows_on = self._solver and scheduler.config.timestep_spacing == "linspace"
+        if follows_on:
+            timesteps = self._solver_timesteps(config.steps)
+        if config.kind == "ddim" and not follows_on:
             previous = timesteps - self.schedule.num_timesteps // config.steps
         else:
             previous = torch.cat([timesteps[1:], torch.tensor([-1])])
@@ -87,3 +101,11 @@ class LatentDiffusion(DiffusersDenoiser):
         return Sampler(
             self.schedule, timesteps, previous.clamp_min(-1), config.kind, eta, config.guidance_scale
         )
+
+    def _solver_timesteps(self, steps: int) -> Tensor:
+        """DPM-Solver's, evenly spaced: of steps + 1 from T - 1 to 0 all but the last, which the picture stands for.
+
+        DDIM's own even spacing is of no use: its steps do not end where the next ones begin.
+        """
+        spaced = torch.linspace(0, self.schedule.num_timesteps - 1, steps + 1, dtype=torch.float64)
+        return spaced.round().flip(0)[:-1].long()

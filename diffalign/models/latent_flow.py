@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from diffalign.config import SamplerConfig
@@ -18,7 +18,7 @@ from diffalign.transitions import Sampler
 
 
 class LatentFlow(DiffusersDenoiser):
-    """What Stable Diffusion 3 and FLUX.1 have in common: see `DiffusersDenoiser`."""
+    """What the families of rectified flow have in common: see `DiffusersDenoiser`."""
 
     schedule: FlowSchedule
     network_name: ClassVar[str] = "transformer"
@@ -35,10 +35,12 @@ class LatentFlow(DiffusersDenoiser):
 
     def _set_schedule(self) -> None:
         scheduler = self.pipeline.scheduler
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        self._solver = _is_flow_solver(scheduler)
+        if not (self._solver or isinstance(scheduler, FlowMatchEulerDiscreteScheduler)):
             raise CheckpointError(
                 f"{self.config.path} has the scheduler {type(scheduler).__name__}",
-                why="the noise levels of a flow are read from a FlowMatchEulerDiscreteScheduler",
+                why="the noise levels of a flow are read from a FlowMatchEulerDiscreteScheduler, or from a "
+                "DPMSolverMultistepScheduler with use_flow_sigmas and prediction_type flow_prediction",
                 hint="use the scheduler/ folder of the base model",
             )
         for option in ("prediction_type", "zero_terminal_snr"):
@@ -52,6 +54,8 @@ class LatentFlow(DiffusersDenoiser):
 
     def _shift(self) -> float:
         """Esser et al. 2024, eq. 23; a dynamic one grows with the number of tokens of a picture."""
+        if self._solver:
+            return float(self._settings["flow_shift"])
         if not self._settings["use_dynamic_shifting"]:
             return float(self._settings["shift"])
         exponential = self._settings["time_shift_type"] == "exponential"
@@ -61,7 +65,8 @@ class LatentFlow(DiffusersDenoiser):
         """A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift)."""
         low, high = self._settings["base_image_seq_len"], self._settings["max_image_seq_len"]
         slope = (self._settings["max_shift"] - self._settings["base_shift"]) / (high - low)
-        tokens = (self.latent_shape[-1] // self._patch_side()) ** 2
+        height, width = (side // self._patch_side() for side in self.latent_shape[1:])
+        tokens = height * width
         return float(self._settings["base_shift"] + (tokens - low) * slope)
 
     def _schedule_settings(self) -> dict[str, object]:
@@ -75,23 +80,40 @@ class LatentFlow(DiffusersDenoiser):
                 hint="use euler, or with noise flow_sde, cps or dance_sde: sampler.kind and evaluation.sampler.kind "
                 "in a run file, --sampler-kind in a command",
             )
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._settings)
-        sigmas = np.linspace(1.0, 1 / config.steps, config.steps) if self.samples_whole_range else None
-        mu = self._mu() if self._settings["use_dynamic_shifting"] else None
-        scheduler.set_timesteps(config.steps, sigmas=sigmas, mu=mu)
-        times = scheduler.sigmas * self.schedule.num_timesteps
+        times = self._levels(config.steps) * self.schedule.num_timesteps
         return Sampler(self.schedule, times[:-1], times[1:], config.kind, config.noise, config.guidance_scale)
 
-    def _times(self, t: Tensor) -> Tensor:
-        """The network's time T s [B], float32, of indices or times t [B]."""
-        return (self.schedule.level(t) * self.schedule.num_timesteps).float()
+    def _levels(self, steps: int) -> Tensor:
+        """The scheduler's levels s [steps + 1], float32, from the noisiest to 0."""
+        if self._solver:
+            solver = DPMSolverMultistepScheduler.from_config(self._settings, final_sigmas_type="zero")
+            solver.set_timesteps(steps)
+            return torch.as_tensor(solver.sigmas)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._settings)
+        sigmas = np.linspace(1.0, 1 / steps, steps) if self.samples_whole_range else None
+        mu = self._mu() if self._settings["use_dynamic_shifting"] else None
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        return torch.as_tensor(scheduler.sigmas)
 
-    def _encoder_dtype(self, name: str) -> torch.dtype:
-        overflows = name == self.t5_name and self.compute_dtype == torch.float16
-        return torch.bfloat16 if overflows else self.compute_dtype
+    def _times(self, t: Tensor) -> Tensor:
+        """The network's time T s [B], float32, of indices or times t [B].
+
+        Rounded down where the checkpoint's scheduler is DPM-Solver, which tells the network whole times.
+        """
+        times = (self.schedule.level(t) * self.schedule.num_timesteps).float()
+        return times.floor() if self._solver else times
 
     def _encode_t5(self, texts: list[str]) -> Tensor:
         """Hidden states [B, t5_length, C] in T5's own type: it overflows in float16, so that autocast is left out."""
         tokens = self._tokens(self.t5_name, texts, self.t5_length)
         states: Tensor = self.encoders[self.t5_name](tokens.input_ids)[0]
         return states
+
+
+def _is_flow_solver(scheduler: object) -> bool:
+    """A DPM-Solver over the levels of a flow, which Sana's checkpoints come with."""
+    if not isinstance(scheduler, DPMSolverMultistepScheduler):
+        return False
+    settings = scheduler.config
+    flow = settings.use_flow_sigmas and settings.prediction_type == "flow_prediction"
+    return bool(flow and not settings.use_dynamic_shifting)

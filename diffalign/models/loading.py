@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from diffalign.assets import resolve
-from diffalign.config import ModelConfig
+from diffalign.config import AdapterConfig, ModelConfig
+from diffalign.config.sizes import Resolution
 from diffalign.errors import CheckpointError, DeviceError
 from diffalign.models.base import Denoiser
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.families import family_of, pipeline_of_file, require_supported
+from diffalign.models.lora import TRAINED
+from diffalign.models.lora_files import read_lora
+from diffalign.models.lora_paths import LORA_FILE as LORA_FILE
+from diffalign.models.lora_updates import merge, put_on
+from diffalign.models.weights_check import require_all_weights, require_readable
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PART_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 """Libraries that a model_index.json may take its parts from; stable_diffusion is diffusers' old safety checker."""
 _ENCODER_PARTS = ("text_encoder", "tokenizer")
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def pick_device(name: str) -> torch.device:
@@ -86,16 +91,33 @@ def load_denoiser(
 
 
 def load_for_inference(
-    path: str, *, device: str = "auto", mixed_precision: str = "no", resolution: int | None = None
+    path: str,
+    *,
+    device: str = "auto",
+    mixed_precision: str = "no",
+    resolution: Resolution | None = None,
+    adapters: Sequence[AdapterConfig] = (),
 ) -> Denoiser:
-    """A model to sample from: whatever `ModelConfig.path` takes, a run folder, or a run's `final/`."""
+    """A model to sample from: whatever `ModelConfig.path` takes, a run folder, or a run's `final/`.
+
+    Args:
+        resolution: size of the pictures. Default: the run's, or what the checkpoint was trained for.
+        adapters: LoRAs to add to it, besides what a run learned.
+    """
     final = _result_of_run(resolve(path))
-    config = ModelConfig(path=path, lora=None)
-    if (final / LORA_FILE).is_file():
-        config = _base_of(final).model_copy(update={"path": path, "lora": None})
+    config = ModelConfig(path=path, lora=None, adapters=list(adapters))
+    if (final / LORA_FILE).is_file():  # which holds the run's own adapters, too
+        config = _base_of(final).model_copy(update={"path": path, "lora": None, "adapters": list(adapters)})
+    elif final.name == "final" and (final.parent / "config.yaml").is_file() and resolution is None:
+        resolution = _base_of(final).resolution  # a checkpoint itself only knows that of square pictures
     if resolution is not None:
         config = config.model_copy(update={"resolution": resolution})
-    return load_denoiser(config, device=device, mixed_precision=mixed_precision)
+    if config.quantization is None:
+        return load_denoiser(config, device=device, mixed_precision=mixed_precision)
+    config = config.model_copy(update={"path": _base_of(final).path})
+    denoiser = load_denoiser(config, device=device, mixed_precision=mixed_precision)
+    _fuse_adapter(denoiser.pipeline, final / LORA_FILE, beside=True)  # the weights that it was trained on are rounded
+    return denoiser
 
 
 def _result_of_run(path: Path) -> Path:
@@ -103,21 +125,21 @@ def _result_of_run(path: Path) -> Path:
     return path / "final" if (path / "final").is_dir() else path
 
 
-def _fuse_adapter(pipeline: Any, file: Path) -> None:
-    """Add a LoRA to the pipeline's weights. Raises CheckpointError for a file that is damaged or of another model."""
+def _fuse_adapter(pipeline: Any, file: Path, *, beside: bool = False) -> None:
+    """Add a LoRA to the pipeline's weights, or put it on them as it is (`beside`).
+
+    Raises:
+        CheckpointError: a file that is damaged or of another model.
+    """
     family = family_of(type(pipeline).__name__)
-    try:
-        # By its place, not as tensors: alpha is in the file's metadata.
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
-        pipeline.fuse_lora(components=[family.network_name, *family.trained_encoders])
-        pipeline.unload_lora_weights()
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "the LoRA weights cannot be read, or do not fit their base model",
-            where=str(file),
-            why=_first_line(error),
-            hint="export or copy the run's final/ again",
-        ) from error
+    parts = {name: getattr(pipeline, name) for name in (family.network_name, *family.trained_encoders)}
+    networks = {name: network for name, network in parts.items() if network is not None}
+    for name, updates in read_lora(AdapterConfig(path=str(file)), pipeline, networks).items():
+        if beside:
+            put_on(networks[name], updates, TRAINED)
+            networks[name].requires_grad_(False)
+        else:
+            merge(networks[name], updates, 1.0)
 
 
 def _base_of(final: Path) -> ModelConfig:
@@ -207,6 +229,7 @@ def _check_folder(path: Path, config: ModelConfig) -> tuple[type[DiffusersDenois
             continue
         files = [file.suffix for file in (path / part).glob("*")] if (path / part).is_dir() else []
         if ".safetensors" in files:
+            require_readable(path / part)
             continue
         pickled = any(suffix in PICKLE_SUFFIXES for suffix in files)
         raise CheckpointError(
@@ -239,7 +262,7 @@ def _check_index(index: Any, config: ModelConfig, file: Path) -> tuple[type[Diff
 
 def _load_folder(path: str, config: ModelConfig, family: type[DiffusersDenoiser], without: list[str]) -> Any:
     absent = {name.replace("text_encoder", kind): None for name in without for kind in _ENCODER_PARTS}
-    return family.pipeline_class.from_pretrained(
+    pipeline = family.pipeline_class.from_pretrained(
         path,
         revision=config.revision,
         variant=config.variant,
@@ -248,6 +271,8 @@ def _load_folder(path: str, config: ModelConfig, family: type[DiffusersDenoiser]
         **family.load_options,
         **absent,
     )
+    require_all_weights(pipeline, (family.network_name, "vae", *family.encoder_names), config.variant)
+    return pipeline
 
 
 def _load_single_file(path: Path, config: ModelConfig) -> Any:

@@ -16,10 +16,13 @@ import torch
 from torch import nn
 
 from diffalign.config import ModelConfig
+from diffalign.config.sizes import Size, as_resolution, as_size, in_words
 from diffalign.errors import CheckpointError, ConfigError
+from diffalign.models.adapters import Adapters
 from diffalign.models.base import Denoiser
 from diffalign.models.fingerprint import fingerprint
-from diffalign.models.lora import TEXT_ENCODER_TARGETS, add_lora, export_lora
+from diffalign.models.lora import TEXT_ENCODER_TARGETS
+from diffalign.models.quantization import quantize
 
 
 class PipelineNetworks(Denoiser):
@@ -52,6 +55,8 @@ class PipelineNetworks(Denoiser):
     """Text encoders that a checkpoint may lack."""
     trained_encoders: ClassVar[tuple[str, ...]]
     """Text encoders that `train_text_encoder` is about."""
+    bfloat16_encoders: ClassVar[tuple[str, ...]] = ()
+    """Text encoders that overflow in float16: under fp16 they are stored in bfloat16."""
     lora_targets: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -75,6 +80,9 @@ class PipelineNetworks(Denoiser):
         self._set_resolution()
         self._set_schedule()
         self._frozen_copies: tuple[Any, dict[str, Any]] | None = None
+        adaptable = {name: self.encoders[name] for name in self.trained_encoders if name in self.encoders}
+        adaptable[self.network_name] = self.network
+        self._adapters = Adapters(config, pipeline, adaptable, trainable=trainable)
         self._place(channels_last, trainable)
         if trainable:
             self._make_trainable(seed)
@@ -100,6 +108,17 @@ class PipelineNetworks(Denoiser):
                 why=f"a {type(self).__name__} encodes its prompts with {', '.join(self.encoder_names)}",
                 hint="give a text-to-picture base model; a refiner, which has one encoder, is not one",
             )
+        silent = [name for name in self.encoders if self._tokenizer(name) is None]
+        if silent:
+            raise CheckpointError(
+                f"{self.config.path} lacks the tokenizer of its {', '.join(silent)}",
+                hint="copy the tokenizer folders of the base model, and their lines of its model_index.json",
+            )
+        if self.config.train_text_encoder and not self.trained_encoders:
+            raise ConfigError(
+                f"model.train_text_encoder: that of a {type(self).__name__} is a language model, which is not trained",
+                hint="leave train_text_encoder out",
+            )
         channels, latent = self._network_channels(), int(self.vae.config.latent_channels)
         if channels != latent:
             raise CheckpointError(
@@ -120,25 +139,39 @@ class PipelineNetworks(Denoiser):
         """Latent cells along the side of the pictures that the checkpoint was trained for."""
         return int(self.network.config.sample_size)
 
+    def _cell_side(self) -> int:
+        """Pixels along the side of a latent cell."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def _remember_side(self, side: int) -> None:
+        """Write the side of a latent where an exported pipeline has the resolution of its pictures."""
+        if "sample_size" in self.network.config:
+            self.network.register_to_config(sample_size=side)
+
     def _encoder_dtype(self, name: str) -> torch.dtype:
         """What a frozen text encoder is stored in."""
-        return self.compute_dtype
+        overflows = name in self.bfloat16_encoders and self.compute_dtype == torch.float16
+        return torch.bfloat16 if overflows else self.compute_dtype
 
     # Construction
 
     def _set_resolution(self) -> None:
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        step = scale * self._patch_side()
-        self.resolution = self.config.resolution or self._default_side() * scale
-        if self.resolution % step:
+        cell = self._cell_side()
+        self.size = as_size(self.config.resolution or self._default_side() * cell)
+        self.require_size(self.size, "model.resolution")
+        height, width = (side // cell for side in self.size)
+        self.latent_shape = (int(self.vae.config.latent_channels), height, width)
+        if height == width:
+            self._remember_side(height)
+
+    def require_size(self, size: Size, option: str) -> None:
+        cell = self._cell_side()
+        step = cell * self._patch_side()
+        if size[0] % step or size[1] % step:
             raise ConfigError(
-                f"model.resolution: {self.resolution} is not a multiple of {step}",
-                why=f"one {'patch' if step > scale else 'latent cell'} of this model covers {step} x {step} pixels",
+                f"{option}: {size[0] if size[0] == size[1] else in_words(size)} is not a multiple of {step}",
+                why=f"one {'patch' if step > cell else 'latent cell'} of this model covers {step} x {step} pixels",
             )
-        side = self.resolution // scale
-        self.latent_shape = (int(self.vae.config.latent_channels), side, side)
-        if "sample_size" in self.network.config:
-            self.network.register_to_config(sample_size=side)
 
     def _place(self, channels_last: bool, trainable: bool) -> None:
         full = trainable and self.config.lora is None
@@ -148,9 +181,12 @@ class PipelineNetworks(Denoiser):
             dtypes[encoder] = torch.float32 if trained else self._encoder_dtype(name)
         dtypes[self.vae] = getattr(torch, self.config.vae_dtype)
         for network, dtype in dtypes.items():
-            network.requires_grad_(False).eval().to(self.device)
-            if network.dtype != dtype:
+            network.requires_grad_(False).eval()
+            if network.dtype != dtype:  # before it is moved: the device never holds more than is needed
                 network.to(dtype)
+            if network is self.network and self.config.quantization is not None:
+                quantize(network, self.config.quantization, self.device)
+            network.to(self._home(network))
         if channels_last:
             for network in (self.network, self.vae):
                 network.to(memory_format=torch.channels_last)
@@ -158,6 +194,11 @@ class PipelineNetworks(Denoiser):
             self.vae.enable_slicing()
         if self.config.vae_tiling:
             self.vae.enable_tiling()
+
+    def _home(self, network: Any) -> torch.device:
+        """Where a network waits for its work."""
+        offloaded = self.config.offload_vae if network is self.vae else self.config.offload_text_encoders
+        return torch.device("cpu") if offloaded and network is not self.network else self.device
 
     def _trained_networks(self) -> dict[str, Any]:
         """The pipeline's name of each network that training changes -> the network."""
@@ -168,12 +209,13 @@ class PipelineNetworks(Denoiser):
 
     def _make_trainable(self, seed: int) -> None:
         lora = self.config.lora
-        for name, network in self._trained_networks().items():
-            if lora is None:
+        if lora is None:
+            for network in self._trained_networks().values():
                 network.requires_grad_(True)
-                continue
-            targets = lora.target_modules or self.lora_targets
-            add_lora(network, lora, TEXT_ENCODER_TARGETS if name in self.encoders else targets, seed)
+            return
+        targets = dict.fromkeys(self._trained_networks(), TEXT_ENCODER_TARGETS)
+        targets[self.network_name] = tuple(lora.target_modules or self.lora_targets)
+        self._adapters.add(lora, targets, seed)
 
     def keep_reference(self) -> None:
         """Freeze the present weights as the reference. LoRA needs no copy: its reference is "adapter off"."""
@@ -201,13 +243,8 @@ class PipelineNetworks(Denoiser):
             trained = (
                 self._trained_networks() if self.trains_text_encoder else {self.network_name: self.network}
             )
-            for network in trained.values():
-                network.disable_adapters()
-            try:
+            with self._adapters.reference(trained):
                 yield
-            finally:
-                for network in trained.values():
-                    network.enable_adapters()
             return
         if self._frozen_copies is None:
             raise RuntimeError("full fine-tuning needs keep_reference() before the first update")
@@ -239,10 +276,11 @@ class PipelineNetworks(Denoiser):
     def fingerprint(self) -> str:
         settings = {name: repr(value) for name, value in self._schedule_settings().items() if name[0] != "_"}
         vocabularies = [self._tokenizer(name).get_vocab() for name in self.encoders]
-        return fingerprint(self.networks(), [*vocabularies, settings, self.resolution])
+        scales = [scales] if (scales := self._adapters.scales()) else []
+        return fingerprint(self.networks(), [*vocabularies, settings, as_resolution(self.size), *scales])
 
     def export(self, folder: Path) -> None:
         if self.config.lora is not None:
-            export_lora(folder, self.pipeline, self._trained_networks())
+            self._adapters.export(folder, self.pipeline, self._trained_networks())
         else:
             self.pipeline.save_pretrained(folder, safe_serialization=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from diffalign.errors import CheckpointError, ConfigError
+from diffalign.errors import CheckpointError
 from diffalign.models.base import Conditioning
 from diffalign.models.latent_diffusion import LatentDiffusion
 
@@ -18,8 +19,8 @@ class StableDiffusionXL(LatentDiffusion):
     """A `StableDiffusionXLPipeline` as a policy; see `DiffusersDenoiser`.
 
     A prompt's embeddings are the penultimate hidden states of both encoders side by side; the second one's pooled
-    output goes with them. The micro-conditioning is constant: original and target size are `resolution`, and nothing is
-    cropped.
+    output goes with them. Original and target size are `size`, and nothing is cropped, unless `with_sizes` tells what
+    pictures of a data set were.
     An empty prompt is zeros where the checkpoint says so (`force_zeros_for_empty_prompt`), in guidance as in training.
     """
 
@@ -40,11 +41,7 @@ class StableDiffusionXL(LatentDiffusion):
                 why="such a model (Playground v2.5) was trained with EDM's noise levels, not SDXL's",
                 hint="give a checkpoint that was trained from SDXL base",
             )
-        if self.config.vae_dtype == "float16" and self.vae.config.force_upcast:
-            raise ConfigError(
-                "model.vae_dtype: this checkpoint's VAE overflows in float16 and returns black pictures",
-                hint="use bfloat16 or float32, or a VAE made for float16, whose config has force_upcast: false",
-            )
+        self._require_safe_vae()
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         states = []
@@ -61,10 +58,17 @@ class StableDiffusionXL(LatentDiffusion):
             }
         return rows
 
+    def with_sizes(self, conditioning: Conditioning, sizes: Tensor | None) -> Conditioning:
+        if sizes is None:
+            return conditioning
+        return replace(conditioning, extra={**conditioning.extra, "sizes": sizes.float().to(self.device)})
+
     def _forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         x = x.to(self.network.dtype)
-        side = float(self.resolution)
-        sizes = torch.tensor([side, side, 0.0, 0.0, side, side], device=x.device).expand(len(x), 6)
+        sizes = conditioning.extra.get("sizes")
+        if sizes is None:
+            height, width = map(float, self.size)
+            sizes = torch.tensor([height, width, 0.0, 0.0, height, width], device=x.device).expand(len(x), 6)
         added = {"text_embeds": conditioning.extra["pooled"].to(x.dtype), "time_ids": sizes}
         with self._autocast():
             output = self.network(

@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffalign.config.sizes import Size
 from diffalign.errors import ConfigError
 from diffalign.models.base import Conditioning
 from diffalign.models.latent_flow import LatentFlow
@@ -27,18 +28,19 @@ class StableDiffusion3(LatentFlow):
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_encoders: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
     trained_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    bfloat16_encoders: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
     t5_name: ClassVar[str] = "text_encoder_3"
     t5_length: ClassVar[int] = 256
     samples_whole_range: ClassVar[bool] = False
 
-    def _set_resolution(self) -> None:
-        super()._set_resolution()
-        patches, most = self.latent_shape[-1] // self._patch_side(), self.network.config.pos_embed_max_size
-        if most and patches > most:
+    def require_size(self, size: Size, option: str) -> None:
+        super().require_size(size, option)
+        patch, most = self._cell_side() * self._patch_side(), self.network.config.pos_embed_max_size
+        if most and max(size) > most * patch:
             raise ConfigError(
-                f"model.resolution: {self.resolution} is more than this checkpoint has positions for",
-                why=f"{patches} x {patches} patches, and it knows {most} x {most}",
-                hint=f"at most {self.resolution * most // patches}",
+                f"{option}: {max(size)} is more than this checkpoint has positions for",
+                why=f"{size[0] // patch} x {size[1] // patch} patches, and it knows {most} x {most}",
+                hint=f"at most {most * patch}",
             )
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:

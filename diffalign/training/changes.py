@@ -22,7 +22,7 @@ OPERATION = {
         "on_alarm", "window", "patience", "watched_fall", "min_group_std", "min_diversity", "max_kl",
         "max_winner_drift",
     )
-}  # fmt: skip
+} | {"model.offload_text_encoders", "model.offload_vae"}  # fmt: skip
 """How the run is kept and watched: free to change, the numbers stay the same."""
 
 MEMORY = {
@@ -36,7 +36,10 @@ MEMORY = {
 BATCH = ("algorithm.batch_size", "algorithm.gradient_accumulation")
 """With the number of processes, the batch of an update: may change where their product does not."""
 
-FIXED = ("model.path", "model.lora", "model.train_text_encoder", "algorithm.name", "evaluation.", "seed")
+FIXED = (
+    "model.path", "model.lora", "model.adapters", "model.quantization", "model.train_text_encoder",
+    "training.optimizer", "algorithm.name", "evaluation.", "seed",
+)  # fmt: skip
 """Never: the checkpoint would not fit, or before and after would not be of the same pictures."""
 
 
@@ -55,7 +58,7 @@ def check_changes(old: str, new: str, *, processes: tuple[int, int], allow: bool
     batches = [_batch(values, count) for values, count in zip((before, after), processes, strict=True)]
     free = OPERATION | MEMORY
     if batches[0] == batches[1]:
-        free |= set(BATCH)
+        free |= set(BATCH[1:] if _has_buckets(before) else BATCH)
     if before.get("training.lr_scheduler") == "constant":
         free.add("training.iterations")
     refused = [name for name in names if name not in free]
@@ -95,6 +98,11 @@ def _notes(
             "weights agree with those of the uninterrupted run to rounding and no longer bit for bit"
         )
     return told
+
+
+def _has_buckets(values: dict[str, Any]) -> bool:
+    """Whether a batch is of one size, so that its own length decides which pictures are in it."""
+    return any(name.startswith("data.buckets") and value is not None for name, value in values.items())
 
 
 def _batch(values: dict[str, Any], processes: int) -> int | None:

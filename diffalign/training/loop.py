@@ -22,6 +22,7 @@ from diffalign.config import TrainingConfig
 from diffalign.errors import NumericsError
 from diffalign.losses.base import LossOutput
 from diffalign.training.checkpoint import Snapshot
+from diffalign.training.optimizer import make_optimizer
 from diffalign.training.precision import GradientStep
 from diffalign.training.processes import Processes
 
@@ -75,14 +76,7 @@ class Trainer:
         self.processes, self.meter, self._on_fault = processes, meter, on_fault
         self.iteration, self.at, self.left_out = 0, Position(), 0
         self.ended = False  # by `end`, before the last iteration
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=processes.device.type == "cuda",
-        )
+        self.optimizer = make_optimizer(list(self.parameters.values()), config, processes.device)
         self.step = GradientStep(self.optimizer, self.parameters, config, processes.device)
         self.ema = None
         if config.ema_decay is not None:
@@ -193,9 +187,11 @@ class Trainer:
         """What all processes share."""
         names = list(self.parameters)
         moments: dict[str, Tensor] = {}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            for key, value in values.items():
-                moments[f"{names[index]}::{key}"] = torch.as_tensor(value)
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moment = torch.as_tensor(value)
+                own = moment.shape == parameter.shape  # and not a table that parameters share
+                moments[f"{name}::{key}"] = moment if own else moment.clone()
         groups = {"trainable": {name: p.data for name, p in self.parameters.items()}, "optimizer": moments}
         if self.ema is not None:
             groups["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
@@ -241,11 +237,10 @@ class Trainer:
         """Continue as if never interrupted. Raises KeyError or ValueError if the snapshot is of other parameters."""
         names = list(self.parameters)
         self.take_weights(snapshot)
-        moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        moments: defaultdict[int, dict[str, Tensor | int]] = defaultdict(dict)
         for key, value in snapshot.tensors["optimizer"].items():
             name, moment = key.split("::")
-            in_place = value.shape == self.parameters[name].shape
-            moments[names.index(name)][moment] = _like(self.parameters[name], value) if in_place else value
+            moments[names.index(name)][moment] = _as_it_was(self.parameters[name], value)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(moments)})
         if self.ema is not None:
             self.ema.optimization_step = snapshot.state["ema_steps"]
@@ -263,11 +258,18 @@ class Trainer:
                 self.algorithm.take_up(part.tensors["work"], part.state["algorithm"])
 
 
+def _as_it_was(parameter: nn.Parameter, value: Tensor) -> Tensor | int:
+    """Part of an optimizer's state: one number for each of the parameter's, a table, or a count."""
+    if value.shape == parameter.shape:
+        return _like(parameter, value)
+    return int(value) if value.ndim == 0 and not value.is_floating_point() else value
+
+
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """`value` where and as `parameter` is in memory: sums over other layouts round differently."""
     if value.shape != parameter.shape:
         raise ValueError(f"stored shape {list(value.shape)}, expected {list(parameter.shape)}")
-    return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def require_finite(out: LossOutput, iteration: int, precision: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diffalign.assets import resolve
+from diffalign.config.sizes import Resolution
 from diffalign.config_file import load_config
 from diffalign.errors import CheckpointError
 from diffalign.models.base import Denoiser
@@ -15,7 +16,7 @@ from diffalign.training.checkpoint import read_checkpoint
 
 
 def load_policy(
-    path: str, *, device: str = "auto", mixed_precision: str = "no", resolution: int | None = None
+    path: str, *, device: str = "auto", mixed_precision: str = "no", resolution: Resolution | None = None
 ) -> Denoiser:
     """`load_for_inference`, or the policy as `RUN/checkpoints/step-N` holds it (its average where there is one).
 

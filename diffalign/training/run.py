@@ -13,6 +13,7 @@ from diffalign.algorithms.table import implementation
 from diffalign.config import OnlineRun, Run
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import DiffalignError, NumericsError
+from diffalign.model_card import CARD
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.loading import load_denoiser
 from diffalign.rewards import RewardMixture
@@ -27,6 +28,7 @@ from diffalign.training.faults import dump_fault
 from diffalign.training.guards import Guards
 from diffalign.training.keeping import Keeping
 from diffalign.training.loop import Metrics, Trainer
+from diffalign.training.origins import conclude_card, record_origins
 from diffalign.training.precision import set_backend_flags
 from diffalign.training.preview import draw_preview
 from diffalign.training.processes import Processes
@@ -109,6 +111,8 @@ class _Run:
         )
         if self.begins.finished:
             self.progress.say(f"{self.folder.path} is finished: there is nothing to resume")
+            if processes.is_main and not (self.folder.final / CARD).is_file():
+                conclude_card(self.folder, self.progress.warn)
             return dict(json.loads(self.folder.summary.read_text(encoding="utf-8")))
         normalized = isinstance(config, OnlineRun) and config.reward_mode == "normalized_sum"
         reward = (
@@ -135,6 +139,8 @@ class _Run:
             processes.wait()  # until all have found nothing wrong
             if processes.is_main:
                 self.folder.create(config)
+                pipeline = type(denoiser.pipeline).__name__
+                record_origins(self.folder, config, pipeline, reward, self.progress.warn)
             self.progress.write_to(self.folder.path, config.algorithm.name, self.meter)
             processes.wait()
             if algorithm.uses_reference or config.training.preview_every:
@@ -322,6 +328,7 @@ class _Run:
                 seeds = self.config.evaluation.seeds_per_prompt
                 write_grid(before, after, reward.labels[0], self.folder.samples, seeds)
             write_atomically(self.folder.summary, json.dumps(summary, indent=1))
+            conclude_card(self.folder, self.progress.warn)
             self.progress.say(
                 f"finished: {self.folder.path} (final/ holds the result, summary.json the figures)"
             )

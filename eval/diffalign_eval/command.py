@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from diffalign.cli.processes import relaunch
-from diffalign.cli.sampling_args import SamplingArgs, optional, run_behind
+from diffalign.cli.sampling_args import SamplingArgs, optional, picture_size, run_behind
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -115,7 +115,10 @@ def run(args: Args, words: Sequence[str]) -> None:
             checkpoints,
             prompt_sets,
             drawing=Drawing(
-                sampler, args.sampling.batch_size, args.sampling.mixed_precision, args.sampling.resolution
+                sampler,
+                args.sampling.batch_size,
+                args.sampling.mixed_precision,
+                picture_size(args.sampling.resolution),
             ),
             rewards=rewards,
             output_dir=args.output_dir,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from diffalign import __version__
+from diffalign.config.sizes import as_resolution
 from diffalign.data.prompt_registry import CATEGORY_COLUMNS
 from diffalign.data.prompt_sets import PromptSet
 from diffalign.errors import StorageError
@@ -59,7 +60,7 @@ def describe_comparison(comparison: Comparison, infos: Mapping[str, RunInfo], co
         ],
         "sampler": comparison.drawing.sampler.model_dump(),
         "seeds": {"base": comparison.base_seed, "per_prompt": comparison.seeds_per_prompt},
-        "resolution": comparison.sources[0].resolution,
+        "resolution": as_resolution(comparison.sources[0].size),
         "mixed_precision": comparison.drawing.mixed_precision,
         "results": {
             name: [result.to_json() for result in compared.results]

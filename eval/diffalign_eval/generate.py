@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffalign.config import SamplerConfig
+from diffalign.config.sizes import Resolution, Size, as_resolution, in_words
 from diffalign.config.test_time import Alignment
 from diffalign.errors import CheckpointError
 from diffalign.images import to_pil
@@ -29,7 +30,7 @@ class Source:
     name: str
     path: str
     fingerprint: str
-    resolution: int
+    size: Size
     key: str
     """Of its pictures in the store."""
     alignment: Alignment | None = None
@@ -43,7 +44,7 @@ class Drawing:
     sampler: SamplerConfig
     batch_size: int = 8
     mixed_precision: str = "no"
-    resolution: int | None = None
+    resolution: Resolution | None = None
 
     def load(self, path: str, device: str) -> Denoiser:
         return load_policy(
@@ -57,16 +58,16 @@ def inspect(name: str, path: str, drawing: Drawing, alignment: Alignment | None 
     mark = denoiser.fingerprint()
     options = drawing.sampler.model_dump()
     denoiser.make_sampler(drawing.sampler)
-    key = picture_key(mark, options, denoiser.resolution, drawing.mixed_precision, alignment)
-    return Source(name, path, mark, denoiser.resolution, key, alignment)
+    key = picture_key(mark, options, as_resolution(denoiser.size), drawing.mixed_precision, alignment)
+    return Source(name, path, mark, denoiser.size, key, alignment)
 
 
 def require_one_resolution(sources: Sequence[Source]) -> None:
     """Raises CheckpointError when pictures would differ in size."""
-    if len({source.resolution for source in sources}) > 1:
+    if len({source.size for source in sources}) > 1:
         raise CheckpointError(
             "the checkpoints make pictures of different sizes, which rewards do not score alike",
-            why=", ".join(f"{source.name}: {source.resolution} pixels" for source in sources),
+            why=", ".join(f"{source.name}: {in_words(source.size)} pixels" for source in sources),
             hint="give all of them one --resolution, or compare checkpoints of one base model",
         )
 
@@ -114,7 +115,7 @@ def describe(source: Source, drawing: Drawing) -> dict[str, Any]:
         "path": source.path,
         "fingerprint": source.fingerprint,
         "sampler": drawing.sampler.model_dump(),
-        "resolution": source.resolution,
+        "resolution": as_resolution(source.size),
         "mixed_precision": drawing.mixed_precision,
         **alignment,
     }

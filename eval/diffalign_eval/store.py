@@ -129,11 +129,11 @@ class Store:
 def picture_key(
     fingerprint: str,
     sampler: Mapping[str, Any],
-    resolution: int,
+    resolution: int | list[int],
     mixed_precision: str,
     alignment: Alignment | None = None,
 ) -> str:
-    """What pictures depend on beside prompt and seed."""
+    """What pictures depend on beside prompt and seed; `resolution` as `as_resolution` gives it."""
     parts: list[Any] = [fingerprint, dict(sampler), resolution, mixed_precision]
     if alignment is not None:
         rewards = [[reward_name(reward), reward.weight, reward.clip] for reward in alignment.rewards]

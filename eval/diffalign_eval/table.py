@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -30,6 +31,28 @@ class ChangeRow:
     percent: bool = False
     """The measure is a share: shown in percent, its change in percentage points (pts)."""
     higher_is_better: bool = True
+
+
+def change_rows(results: Mapping[str, Mapping[str, Any]]) -> list[ChangeRow]:
+    """The rows of a run's summary: set -> reward -> before, after and change, as summary.json has them."""
+    return [
+        ChangeRow(
+            metric=label,
+            prompts=set_name,
+            before=result["before"]["mean"],
+            after=result["after"]["mean"],
+            change=Interval(**_finite(result["change"])),
+            percent=label.endswith("accuracy"),
+        )
+        for set_name, rewards in results.items()
+        for label, result in rewards.items()
+    ]
+
+
+def _finite(interval: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's null bounds as infinities."""
+    infinite = {"low": -math.inf, "high": math.inf}
+    return {key: infinite[key] if value is None else value for key, value in interval.items()}
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,7 @@ def test_an_unknown_command_suggests_one(capsys):
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "error: trian is not a command of diffalign\n"
-        "  why:   there are quickstart, train, status, watch, sample, score, serve-rewards, prefer, compare, prompts,"
-        " study, config, doctor\n"
+        f"  why:   there are {', '.join(COMMANDS)}\n"
         "  next:  did you mean diffalign train?\n"
     )
 

@@ -61,6 +61,11 @@ def test_every_prompt_and_seed_has_a_picture_and_a_line(
     assert listing(tmp_path) == ["out", "prompts.txt"]
 
 
+def test_height_comes_first_in_a_size(tiny_pipeline_dir: Path, prompts: Path, tmp_path: Path):
+    assert sample(tiny_pipeline_dir, prompts, tmp_path / "out", "--resolution", "24x16", "--limit", "1") == 0
+    assert pixels(tmp_path / "out" / "00000-s0.png").shape == (24, 16, 3)
+
+
 def test_a_picture_is_generate_of_its_prompt_and_seed(tiny_pipeline_dir: Path, prompts: Path, tmp_path: Path):
     assert sample(tiny_pipeline_dir, prompts, tmp_path / "out", "--batch-size", "1") == 0
     denoiser = load_for_inference(str(tiny_pipeline_dir), device="cpu")
@@ -126,7 +131,7 @@ def test_an_occupied_folder_is_refused_and_kept(
         ("tiny", ["--prompts", "missing.txt"], 3, "missing.txt"),
         ("tiny", WRONG, 2, "--steps should be greater than 0; got 0"),
         ("tiny", WRONG, 2, "--batch-size must be at least 1; got 0"),
-        ("tiny", ["--resolution", "-8"], 2, "--resolution must be at least 1; got -8"),
+        ("tiny", ["--resolution", "-8"], 2, "of at least 1; got -8"),
     ],
 )
 def test_bad_input_is_one_screen_and_leaves_nothing(

@@ -27,6 +27,14 @@ def test_another_item_stands_in_and_it_is_always_the_same():
     assert "1 of 1000" in said[0]
 
 
+def test_only_those_it_may_be_exchanged_with_stand_in():
+    items = Substitutes(reader({7}), 1000, 3, lambda text: None, among=lambda index: [6, 7, 8])
+    assert items.load(7) in ("picture 6", "picture 8")
+    alone = Substitutes(reader({7}), 1000, 3, lambda text: None, among=lambda index: [7])
+    with pytest.raises(DataError, match=r"unreadable picture(?s:.)*7.png"):
+        alone.load(7)
+
+
 def test_the_substitute_depends_on_the_seed():
     chosen = set()
     for seed in range(5):

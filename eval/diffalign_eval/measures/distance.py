@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.config import SamplerConfig
+from diffalign.config.sizes import Size
 from diffalign.errors import CheckpointError, ConfigError, DataError, NumericsError
 from diffalign.images import resize_crop, to_tensor
 from diffalign.losses.denoising import squared_error
@@ -207,7 +208,7 @@ def denoising_drift(
     Args:
         policy, base: the aligned checkpoint and what it was trained from.
         batches: pictures and their captions, as many of each, one batch a denoiser call; of any sizes (the
-            centre square is resized). Real pictures, or the base's own samples.
+            centre is resized). Real pictures, or the base's own samples.
         noise_levels: fractions of the last timestep, 0 to 1.
         seed: of the noise, a function of (seed, position of the picture, timestep).
 
@@ -221,7 +222,7 @@ def denoising_drift(
     captions: list[str] = []
     for pictures, texts in batches:
         rows = range(len(captions), len(captions) + len(pictures))
-        pixels = to_tensor([_fit(picture, base.resolution) for picture in pictures])
+        pixels = to_tensor([_fit(picture, base.size) for picture in pictures])
         batch = _errors(policy, base, base.encode_images(pixels), texts, times, (seed, rows))
         _require_finite(batch.flatten(0, 1), texts)
         errors.append(batch)
@@ -273,5 +274,5 @@ def _require_one_target(policy: Denoiser, base: Denoiser) -> None:
         )
 
 
-def _fit(picture: Image.Image, resolution: int) -> Image.Image:
-    return picture if picture.size == (resolution, resolution) else resize_crop(picture, resolution)
+def _fit(picture: Image.Image, size: Size) -> Image.Image:
+    return picture if (picture.height, picture.width) == size else resize_crop(picture, size)

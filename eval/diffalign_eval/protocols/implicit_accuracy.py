@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from diffalign.cli.sampling_args import optional
+from diffalign.cli.sampling_args import optional, picture_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,8 @@ class Args:
     """The first n pairs only."""
     batch_size: int = 8
     """Pairs per forward pass."""
-    resolution: Annotated[int | None, optional("INT")] = None
-    """Picture side in pixels. Default: what the checkpoints were trained for."""
+    resolution: Annotated[str | None, optional("INT|HEIGHTxWIDTH")] = None
+    """Picture side in pixels, or height and width, as 512x768. Default: what the checkpoints were trained for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -87,6 +87,7 @@ def run(args: Args) -> None:
         CheckpointError: a checkpoint that cannot be loaded, or two that do not go together.
     """
     _check(args)
+    resolution = picture_size(args.resolution)
 
     from rich.console import Console
     from rich.progress import Progress
@@ -100,7 +101,10 @@ def run(args: Args) -> None:
     count = len(pairs) if args.limit is None else min(args.limit, len(pairs))
     policy, reference = (
         load_for_inference(
-            path, device=args.device, mixed_precision=args.mixed_precision, resolution=args.resolution
+            path,
+            device=args.device,
+            mixed_precision=args.mixed_precision,
+            resolution=resolution,
         )
         for path in (args.policy, args.reference)
     )
@@ -222,6 +226,7 @@ def _errors(denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor, prompts: S
 
 
 def _require_alike(policy: Denoiser, reference: Denoiser) -> None:
+    from diffalign.config.sizes import in_words
     from diffalign.errors import CheckpointError
 
     first, second = policy.schedule, reference.schedule
@@ -229,8 +234,10 @@ def _require_alike(policy: Denoiser, reference: Denoiser) -> None:
         difference = "their noise schedules"
     elif first.prediction_type != second.prediction_type:
         difference = f"what they predict: {first.prediction_type} and {second.prediction_type}"
-    elif policy.resolution != reference.resolution or policy.latent_shape != reference.latent_shape:
-        difference = f"the size of their pictures: {policy.resolution} and {reference.resolution} pixels"
+    elif policy.size != reference.size or policy.latent_shape != reference.latent_shape:
+        difference = (
+            f"the size of their pictures: {in_words(policy.size)} and {in_words(reference.size)} pixels"
+        )
     else:
         return
     raise CheckpointError(

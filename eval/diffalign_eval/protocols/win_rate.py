@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from diffalign.cli.sampling_args import SamplingArgs, optional, run_behind
+from diffalign.cli.sampling_args import SamplingArgs, optional, picture_size, run_behind
 
 if TYPE_CHECKING:
     from diffalign.config import RewardConfig
@@ -202,7 +202,7 @@ def _compared(args: Args, prompts: str, rewards: Sequence[RewardConfig]) -> Scor
         options.sampler(run_behind([args.before, args.after])),
         options.batch_size,
         options.mixed_precision,
-        options.resolution,
+        picture_size(options.resolution),
     )
     comparison = compare(
         {"before": args.before, "after": args.after},

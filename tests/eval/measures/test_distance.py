@@ -47,7 +47,7 @@ class Constant(Denoiser):
     ) -> None:
         self.value, self.batches = value, set[int]()
         self.schedule = NoiseSchedule(abar, prediction_type, final)
-        self.device, self.resolution, self.latent_shape = torch.device("cpu"), 3, shape
+        self.device, self.size, self.latent_shape = torch.device("cpu"), (3, 3), shape
         self.trains_text_encoder = False
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -210,7 +210,7 @@ def pictures(count: int, size: int = 3) -> list[Image.Image]:
 
 def drift(policy: Denoiser, base: Denoiser, batch_size: int = 2, **options: object) -> DenoisingDrift:
     """Over five pictures with `PROMPTS`."""
-    shown = pictures(5, base.resolution)
+    shown = pictures(5, base.size[0])
     batches = [(shown[i : i + batch_size], PROMPTS[i : i + batch_size]) for i in range(0, 5, batch_size)]
     return denoising_drift(policy, base, iter(batches), **options)
 

@@ -1,0 +1,231 @@
+"""LoRAs that there are already: files of diffusers, kohya and PEFT, and the results of runs, as `Update`s.
+
+Names and alphas are translated by diffusers and peft themselves. Whatever a file has and the model does not take is an
+error; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+    recurse_remove_peft_layers,
+)
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffalign.config import AdapterConfig
+from diffalign.errors import CheckpointError
+from diffalign.models.lora import adaptable_layers
+from diffalign.models.lora_paths import LoraSource, find_lora
+from diffalign.models.lora_updates import Update, Updates, updates_of
+
+_READ = "read"
+_PEFT_NAME = re.compile(r"\.lora_(A\.weight|B\.weight|magnitude_vector|magnitude_vector\.weight)$")
+_MARKS = (
+    ("joint_blocks", "Stable Diffusion 3, of kohya"),
+    ("double_blocks", "FLUX.1, of kohya"),
+    ("single_transformer_blocks", "FLUX.1"),
+    ("text_encoder_2", "Stable Diffusion XL"),
+    ("lora_te2_", "Stable Diffusion XL, of kohya"),
+    ("input_blocks_", "Stable Diffusion XL, of kohya"),
+    ("down_blocks", "a UNet: Stable Diffusion 1, 2 or XL"),
+    ("transformer.", "a transformer: Stable Diffusion 3, FLUX.1 or another"),
+)
+"""Part of a weight's name -> the kind of model that the LoRA seems to be of, tried in this order."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file's weights by diffusers' names, with what says its alphas: one of the two, or neither."""
+
+    tensors: dict[str, Tensor]
+    alphas: dict[str, float] | None
+    metadata: dict[str, Any] | None
+
+
+def read_lora(config: AdapterConfig, pipeline: Any, networks: Mapping[str, Any]) -> dict[str, Updates]:
+    """What a LoRA changes.
+
+    Args:
+        config: which one.
+        pipeline: of the model; its loaders know the names of its family. Its weights stay as they are.
+        networks: the pipeline's name of each network that may have an adapter -> it, without adapters.
+
+    Returns:
+        The names of those that it changes -> the updates.
+
+    Raises:
+        CheckpointError: not there, a pickle, damaged, of another family or base, or with weights that no module takes.
+    """
+    source = find_lora(config)
+    try:
+        with safe_open(source.file, framework="pt") as opened:
+            names = list(opened.keys())
+        _require_readable(source, names)
+        file = _peft_file(source, networks) if source.is_peft else _pipeline_file(source, pipeline)
+        parts = _require_fit(source, file, names, pipeline, networks)
+        with torch.random.fork_rng(devices=[]):
+            return {
+                part: _through_peft(part, own, file, pipeline, networks[part]) for part, own in parts.items()
+            }
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the LoRA weights cannot be read: {config.path}",
+            where=str(source.file),
+            why=(str(error).strip() or type(error).__name__).splitlines()[0],
+            hint="a damaged file, or one in a format that diffusers does not know: download or export it again",
+        ) from error
+
+
+def _require_readable(source: LoraSource, names: list[str]) -> None:
+    """Refuse what diffusers would drop without an error."""
+    if any(name.endswith("dora_scale") for name in names):
+        raise CheckpointError(
+            f"{source.given} is a DoRA in kohya's format, which diffusers does not read",
+            where=str(source.file),
+            hint="give a DoRA in diffusers' or PEFT's format",
+        )
+    if not any("lora" in name for name in names):
+        raise CheckpointError(
+            f"{source.given} holds no LoRA",
+            where=str(source.file),
+            why=f"its weights are {', '.join(sorted(names)[:3])}, ...",
+            hint="a whole model is given as model.path",
+        )
+
+
+def _pipeline_file(source: LoraSource, pipeline: Any) -> _File:
+    """A file of diffusers or kohya, by the pipeline's own loader."""
+    options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    tensors, *others = pipeline.lora_state_dict(
+        str(source.file.parent),
+        weight_name=source.file.name,
+        use_safetensors=True,
+        return_alphas=True,
+        return_lora_metadata=True,
+        **options,
+    )
+    alphas = others[0] or None if len(others) == 2 else None
+    return _File({name: tensor.float() for name, tensor in tensors.items()}, alphas, others[-1])
+
+
+def _peft_file(source: LoraSource, networks: Mapping[str, Any]) -> _File:
+    """What PEFT's save_pretrained wrote: of the denoising network, or of whichever network has all its modules."""
+    raw = load_file(source.file)
+    own = {name.removeprefix("base_model.model."): tensor for name, tensor in raw.items()}
+    fitting = [part for part, network in networks.items() if not _misfits(_flat(own, network), network)]
+    denoising = next(part for part in networks if not part.startswith("text_encoder"))
+    part = next(iter(fitting), denoising)
+    settings = PeftConfig.from_pretrained(str(source.file.parent)).to_dict()
+    return _File(
+        {f"{part}.{name}": tensor.float() for name, tensor in own.items()},
+        None,
+        {f"{part}.{name}": value for name, value in settings.items()},
+    )
+
+
+def _peft_names(tensors: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """A network's weights under peft's names, whatever the age of the file."""
+    named = dict(tensors)
+    if isinstance(network, ModelMixin):
+        return dict(convert_unet_state_dict_to_peft(named))
+    if not all(_PEFT_NAME.search(name) for name in named):
+        named = convert_state_dict_to_peft(convert_state_dict_to_diffusers(named))
+    return _flat(named, network)
+
+
+def _flat(tensors: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """Without the part of the names that CLIP had before transformers 5."""
+    if hasattr(network, "text_model"):
+        return dict(tensors)
+    return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+
+
+def _misfits(tensors: Mapping[str, Tensor], network: Any) -> dict[str, str]:
+    """Name -> what is wrong, of each weight that no module takes as it is."""
+    layers = adaptable_layers(network)
+    found = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.partition(".lora_")
+        if module not in layers or not _PEFT_NAME.search(name):
+            found[name] = name
+            continue
+        layer: Any = layers[module]
+        if isinstance(layer, nn.Linear):
+            before, after = (layer.in_features,), layer.out_features
+        else:
+            before, after = (layer.in_channels, *layer.kernel_size), layer.out_channels
+        if part == "A.weight" and tuple(tensor.shape[1:]) != before:
+            found[name] = f"{module} takes {before[0]}, this LoRA {tensor.shape[1]}"
+        elif part == "B.weight" and len(tensor) != after:
+            found[name] = f"{module} returns {after}, this LoRA {len(tensor)}"
+    return found
+
+
+def _require_fit(
+    source: LoraSource, file: _File, names: list[str], pipeline: Any, networks: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """The weights of each network by peft's names. Raises CheckpointError for any that no module takes."""
+    left, parts, wrong = set(file.tensors), {}, []
+    for part, network in networks.items():
+        own = {name: t for name, t in file.tensors.items() if name.startswith(part + ".")}
+        left -= set(own)
+        if own:
+            bare = {name.removeprefix(part + "."): tensor for name, tensor in own.items()}
+            parts[part] = _peft_names(bare, network)
+            wrong += _misfits(parts[part], network).values()
+    wrong += sorted(left)
+    if not wrong:
+        return parts
+    looks = next((kind for mark, kind in _MARKS if any(mark in name for name in names)), None)
+    raise CheckpointError(
+        f"{source.given} is a LoRA of another model than {type(pipeline).__name__}",
+        where=str(source.file),
+        why=f"no module takes {len(wrong)} of its {len(file.tensors)} weights: {'; '.join(wrong[:3])}"
+        + (f"\nits names look like those of {looks}" if looks else ""),
+        hint="give a LoRA that was trained on this base model, in the format of diffusers, kohya or PEFT",
+    )
+
+
+def _with_ending(name: str, ending: str) -> str:
+    return name.removesuffix(".weight") + ending if "lora_magnitude_vector" in name else name
+
+
+def _through_peft(
+    part: str, tensors: dict[str, Tensor], file: _File, pipeline: Any, network: Any
+) -> dict[str, Update]:
+    """Load a network's adapter as diffusers does, which finds its alphas; read it off, and remove it again."""
+    ending = (
+        "" if isinstance(network, ModelMixin) else ".weight"
+    )  # which transformers wants of DoRA's lengths
+    named = {f"{part}.{_with_ending(name, ending)}": tensor for name, tensor in tensors.items()}
+    options = {"network_alphas": file.alphas, "metadata": file.metadata, "adapter_name": _READ}
+    try:
+        if isinstance(network, ModelMixin):
+            network.load_lora_adapter(named, prefix=part, low_cpu_mem_usage=True, **options)
+        else:
+            pipeline.load_lora_into_text_encoder(
+                named, text_encoder=network, prefix=part, low_cpu_mem_usage=True, **options
+            )
+        updates = updates_of(network, _READ)
+    finally:
+        recurse_remove_peft_layers(network)
+        network._hf_peft_config_loaded = False
+        vars(network).pop("peft_config", None)
+    loaded = sum(2 + (update.magnitude is not None) for update in updates.values())
+    if loaded != len(tensors):
+        raise ValueError(f"{loaded} of its {len(tensors)} weights for {part} were taken")
+    if not all(t.isfinite().all() for u in updates.values() for t in (u.down, u.up)):
+        raise ValueError("it has numbers that are not finite")
+    return updates

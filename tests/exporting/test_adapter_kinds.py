@@ -1,0 +1,37 @@
+"""rsLoRA, ranks by module and DoRA in the formats that can hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+from export_runs import LORA, Exports
+from peft import PeftModel
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Ranks and scales differ by module."""
+    options = {"kind": "rslora", "rank_by_module": {"attn2.to_k": 4}, "text_encoder": False}
+    return Exports(tmp_path_factory.mktemp("uneven"), "sd", ["diffusers", "kohya", "peft"], **options)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_ranks_and_scales_by_module_survive(form: str, uneven: Exports):
+    pipeline = uneven.run.base_pipeline()
+    if form == "peft":
+        pipeline.unet = PeftModel.from_pretrained(pipeline.unet, uneven["peft"] / "unet").merge_and_unload()
+    else:
+        where = uneven.folder if form == "kohya" else uneven["diffusers"]
+        name = uneven["kohya"].name if form == "kohya" else LORA
+        pipeline.load_lora_weights(where, weight_name=name)
+    assert uneven.draw_the_same(pipeline)
+
+
+def test_a_dora_keeps_its_magnitudes(tmp_path: Path):
+    dora = Exports(tmp_path, "sd", ["peft", "merged"], kind="dora", text_encoder=False)
+    pipeline = dora.run.base_pipeline()
+    pipeline.unet = PeftModel.from_pretrained(pipeline.unet, dora["peft"] / "unet").merge_and_unload()
+    assert dora.draw_the_same(pipeline)
+    assert dora.draw_the_same(DiffusionPipeline.from_pretrained(dora["merged"]))
