@@ -47,11 +47,19 @@ class FinishedRun:
     Args:
         full: it trained all weights instead of an adapter.
         text_encoder: it trained the text encoders, too.
+        adapters: LoRAs that it started with.
         lora: other options of the adapter.
     """
 
     def __init__(
-        self, folder: Path, family: str, *, full: bool = False, text_encoder: bool = True, **lora: object
+        self,
+        folder: Path,
+        family: str,
+        *,
+        full: bool = False,
+        text_encoder: bool = True,
+        adapters: list[dict[str, str]] | None = None,
+        **lora: object,
     ) -> None:
         self.family, (build, self.sampler) = family, FAMILIES[family]
         self.base, self.path = folder / "base", folder / "run"
@@ -60,7 +68,11 @@ class FinishedRun:
         self._base = pipeline
         adapter = None if full else LoRAConfig(**{"rank": RANK, "alpha": ALPHA, **lora})
         model = ModelConfig(
-            path=str(self.base), lora=adapter, resolution=SIDE, train_text_encoder=text_encoder
+            path=str(self.base),
+            lora=adapter,
+            resolution=SIDE,
+            train_text_encoder=text_encoder,
+            adapters=adapters or [],
         )
         self.config = RUNS["sft"](model=model, data={"path": "unused"}, algorithm={"name": "sft"})
         denoiser = self.trainable()

@@ -219,17 +219,34 @@ def test_the_code_of_an_adapters_card_loads_what_the_run_learned(finished, base,
     assert (latents(plain) - learned).norm() > 1e-2 * learned.norm()
 
 
-def test_a_full_result_is_loaded_as_it_is_and_keeps_the_licence(tmp_path, data, base, monkeypatch):
-    monkeypatch.setenv("SERVICE_TOKEN", CANARY)
-    model = {"path": str(base), "lora": None, "resolution": 16, "zero_terminal_snr": None}
-    align(make(data, base, model=model), tmp_path / "run")
+def leave_run(run: Path, config: Run, denoiser: Any, summary: Path) -> None:
+    """A run as training leaves it, with the weights of `denoiser` moved a little."""
+    draw = torch.Generator().manual_seed(1)
+    for parameter in denoiser.trainable_parameters().values():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    denoiser.export(run / "final")
+    warnings: list[str] = []
+    folder = RunFolder(run)
+    folder.create(config)
+    record_origins(folder, config, "StableDiffusionPipeline", None, lambda kind, text: warnings.append(text))
+    assert warnings == []
+    shutil.copy(summary, run)
+    write_card(run / "final", run)
+
+
+def test_a_full_result_is_loaded_as_it_is_and_keeps_the_licence(
+    finished, tmp_path, data, base, make_denoiser, monkeypatch
+):
+    model = {"path": str(base), "lora": None, "resolution": 16}
+    denoiser = make_denoiser(full=True, path=base, resolution=16)
+    leave_run(tmp_path / "run", make(data, base, model=model), denoiser, finished / "summary.json")
     final = tmp_path / "run" / "final"
     matter = front_matter_of(final)
     assert (matter["base_model_relation"], matter["license_name"]) == ("finetune", "stabilityai-community")
     ours = load_for_inference(str(tmp_path / "run"), device="cpu").pipeline
     pipeline = run_code(final, monkeypatch)
     ours.scheduler = pipeline.scheduler
-    torch.testing.assert_close(latents(pipeline), latents(ours), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(latents(pipeline), latents(ours), rtol=1e-3, atol=1e-4)
     # A base model's own card is replaced, and what it says of the licence stays, although nothing else does.
     (tmp_path / "run" / "origins.json").unlink()
     (final / "README.md").write_text("---\nlicense: openrail++\n---\n")
@@ -316,28 +333,12 @@ def test_the_code_of_an_exports_card_loads_what_the_run_learned(finished, tmp_pa
     torch.testing.assert_close(latents(ours), latents(pipeline), rtol=1e-3, atol=1e-4)
 
 
-def chained(tmp_path: Path, first: Path, config: Run, make_denoiser: Any) -> Path:
-    """A run that started from another one, as training leaves it: another adapter over the first."""
-    run = tmp_path / "second"
-    denoiser = make_denoiser(path=first, resolution=16)
-    draw = torch.Generator().manual_seed(1)
-    for parameter in denoiser.trainable_parameters().values():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    denoiser.export(run / "final")
-    warnings: list[str] = []
-    folder = RunFolder(run)
-    folder.create(config)
-    record_origins(folder, config, "StableDiffusionPipeline", None, lambda kind, text: warnings.append(text))
-    assert warnings == []
-    shutil.copy(first / "summary.json", run)
-    return run
-
-
 @pytest.mark.slow
 def test_a_run_from_a_run_names_and_loads_both(finished, tmp_path, data, make_denoiser, monkeypatch):
     model = {"path": str(finished), "lora": {"rank": 2}, "resolution": 16}
-    run = chained(tmp_path, finished, make(data, finished, model=model), make_denoiser)
-    write_card(run / "final", run)
+    run = tmp_path / "second"
+    denoiser = make_denoiser(path=finished, resolution=16)
+    leave_run(run, make(data, finished, model=model), denoiser, finished / "summary.json")
     first = hashlib.sha256((finished / "final" / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
     assert row_of(run / "final", "base model")[2] == f"`{first}`"
     original = read_origins(finished)

@@ -1,7 +1,7 @@
 """Published sizes of full-size models, by name: the configuration files that an architecture is built from.
 
-Each JSON file here maps the names of a diffusers folder's files to what is in them. They are sizes and schedules only, of
-stabilityai/stable-diffusion-xl-base-1.0, stabilityai/stable-diffusion-3.5-medium and black-forest-labs/FLUX.1-dev.
+Each JSON file here maps the names of a diffusers folder's files to what is in them: sizes and schedules only, of
+stabilityai/stable-diffusion-xl-base-1.0, stable-diffusion-3.5-medium and black-forest-labs/FLUX.1-dev.
 """
 
 from __future__ import annotations

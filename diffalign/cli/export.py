@@ -86,8 +86,10 @@ def default_path(result: RunResult, form: str, is_file: bool) -> Path:
 
 def how_to_load(loaded: Loaded, form: str, path: Path) -> list[str]:
     """Lines for the terminal, a tool each."""
-    pipeline, base = type(loaded.pipeline).__name__, loaded.result.config.model.path
-    place = str(path.resolve())
+    from diffalign.model_card.loading_code import LORA_LOADERS
+
+    pipeline, place = type(loaded.pipeline).__name__, str(path.resolve())
+    base, is_run = base_model(loaded)
     if form == "single-file" and loaded.family == "Flux":
         return [
             f"diffusers    transformer = FluxTransformer2DModel.from_single_file({place!r})",
@@ -103,6 +105,8 @@ def how_to_load(loaded: Loaded, form: str, path: Path) -> list[str]:
     if form == "merged" or (form == "diffusers" and not loaded.result.is_lora):
         return [f"diffusers    {pipeline}.from_pretrained({place!r})"]
     head = f"             (with pipeline = {pipeline}.from_pretrained({base!r}))"
+    if is_run:
+        head = "             (with pipeline = its base model, the result of a run: export that with --format merged)"
     if form == "peft":
         names = ", ".join(sorted(loaded.updates))
         return [
@@ -110,7 +114,13 @@ def how_to_load(loaded: Loaded, form: str, path: Path) -> list[str]:
             head,
         ]
     if form == "diffusers":
-        return [f"diffusers    pipeline.load_lora_weights({place!r})", head]
+        loader = LORA_LOADERS.get(pipeline)
+        whose = (
+            [f"             (from {loader} import {pipeline}; diffusers' own loads no LoRA)"]
+            if loader
+            else []
+        )
+        return [f"diffusers    pipeline.load_lora_weights({place!r})", head, *whose]
     tools = [
         "ComfyUI      models/loras, then the node Load LoRA",
         "A1111        models/Lora, then <lora:" + path.stem + ":1> in the prompt",
@@ -118,3 +128,13 @@ def how_to_load(loaded: Loaded, form: str, path: Path) -> list[str]:
     if loaded.family == "StableDiffusion3":
         return [*tools, "diffusers    does not read kohya's layout of SD 3: use --format diffusers"]
     return [f"diffusers    pipeline.load_lora_weights({place!r})", head, *tools]
+
+
+def base_model(loaded: Loaded) -> tuple[str, bool]:
+    """What a LoRA is added to, as diffusers is told of it, and whether that is the result of a run."""
+    from diffalign.assets import resolve
+
+    path = loaded.result.config.model.path
+    place = resolve(path)
+    folder = place.parent if place.name == "final" else place
+    return str(place.resolve()) if place.exists() else path, (folder / "config.yaml").is_file()

@@ -19,6 +19,7 @@ examples:
   diffalign sample --model bundled:tiny-sd --prompts "a red star above a blue circle" --output-dir out
   diffalign sample --model runs/ddpo --prompts bundled:prompts/shapes_eval.txt --limit 16 --output-dir out
   diffalign sample --model sd15.safetensors --prompts prompts.jsonl --seeds-per-prompt 4 --output-dir out
+  diffalign sample --model sd15.safetensors --adapter style.safetensors:0.7 --prompts prompts.txt --output-dir out
   diffalign sample --model runs/dpo --negative runs/npo --guidance-scale 5 --prompts prompts.txt --output-dir out
   diffalign sample --model bundled:tiny-sd --prompts "two red stars" --align best-of-n:n=8,reward=shapes \\
       --output-dir out
@@ -27,13 +28,17 @@ examples:
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from diffalign.cli.sampling_args import SamplingArgs, optional, picture_size, run_behind
+
+if TYPE_CHECKING:
+    from diffalign.config import AdapterConfig
 
 ALIGNMENT = "alignment.json"
 PROMPT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -49,6 +54,9 @@ class Args:
     itself."""
     output_dir: Path
     """A new folder for the pictures."""
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, optional("PATH[:WEIGHT]")] = ()
+    """A LoRA to add to the model, and how much of it (1): a .safetensors file of diffusers or kohya, a folder with one,
+    a PEFT folder, a finished run, a hub id. May come several times."""
     negative: Annotated[str | None, optional("PATH")] = None
     """A checkpoint trained with the loss npo: guidance starts at its prediction without a prompt, instead of the
     model's own."""
@@ -62,6 +70,7 @@ def run(args: Args) -> None:
     from diffalign.cli.alignment_args import parse_alignment
 
     options = args.sampling
+    adapters = [parse_adapter(text) for text in args.adapter]
     sampler = options.sampler(run_behind([args.model]))
     alignment = None if args.align is None else parse_alignment(args.align)
     if alignment is not None:
@@ -86,6 +95,7 @@ def run(args: Args) -> None:
                 device=options.device,
                 mixed_precision=options.mixed_precision,
                 resolution=picture_size(options.resolution),
+                adapters=adapters if path == args.model else (),
             )
             for path in (args.model, args.negative)
             if path is not None
@@ -100,6 +110,22 @@ def run(args: Args) -> None:
         if aligner is not None:
             (folder / ALIGNMENT).write_text(json.dumps(aligner.to_json(), indent=1) + "\n", encoding="utf-8")
     Console().print(f"{len(specs)} pictures of {len(prompts)} prompts in {args.output_dir}", soft_wrap=True)
+
+
+def parse_adapter(text: str) -> AdapterConfig:
+    """`PATH` or `PATH:WEIGHT`. Raises ConfigError for a weight of 0, or no path."""
+    from diffalign.config import AdapterConfig
+    from diffalign.errors import ConfigError
+
+    path, colon, last = text.rpartition(":")
+    try:
+        weight = float(last)
+    except ValueError:
+        colon = ""
+    path, weight = (path, weight) if colon else (text, 1.0)
+    if not path or weight == 0 or not math.isfinite(weight):
+        raise ConfigError(f"--adapter {text!r} is not PATH or PATH:WEIGHT, with a weight other than 0")
+    return AdapterConfig(path=path, weight=weight)
 
 
 def read_prompts(source: str, limit: int | None) -> list[str]:

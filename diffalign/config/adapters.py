@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -32,7 +32,7 @@ class LoRAConfig(Options):
 
     @model_validator(mode="after")
     def _patterns_are_regular_expressions(self) -> LoRAConfig:
-        given = {
+        given: dict[str, Iterable[str]] = {
             "rank_by_module": self.rank_by_module,
             "alpha_by_module": self.alpha_by_module,
             "target_modules": self.target_modules or [],

@@ -49,6 +49,17 @@ class ModelConfig(Options):
     """Store the network that a LoRA leaves as it is in 8 or 4 bits: the linear layers of its blocks. nf4 is QLoRA's
     format, and needs bitsandbytes (pip install 'diffalign[quantization]')."""
 
+    @property
+    def trained(self) -> str:
+        """What is trained, in words."""
+        continued = [adapter.path for adapter in self.adapters if adapter.mode == "continue"]
+        if self.lora is None:
+            return "all weights"
+        if continued:
+            return f"the adapter {continued[0]}"
+        names = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+        return f"{names[self.lora.kind]} of rank {self.lora.rank}"
+
     @model_validator(mode="after")
     def _adapters_can_be_combined(self) -> ModelConfig:
         return raise_all(self, list(adapter_problems(self.lora, self.adapters)))
@@ -61,9 +72,13 @@ class ModelConfig(Options):
                 "offload_text_encoders: trained text encoders are needed in every step (train_text_encoder)"
             )
         if self.quantization is not None and self.lora is None:
-            problems.append("quantization: lora: null trains all weights, and these cannot be quantised (give lora)")
+            problems.append(
+                "quantization: lora: null trains all weights, and these cannot be quantised (give lora)"
+            )
         if self.quantization is not None and self.lora is not None and self.lora.kind == "dora":
-            problems.append("quantization: dora needs the lengths of the base model's rows (use lora or rslora)")
+            problems.append(
+                "quantization: dora needs the lengths of the base model's rows (use lora or rslora)"
+            )
         if self.quantization is not None and any(adapter.mode == "merge" for adapter in self.adapters):
             problems.append(
                 "quantization: the exported LoRA is one of the plain base model, which must be what was quantised "

@@ -15,9 +15,8 @@ from diffalign.errors import ConfigError
 
 GIB = 2**30
 CUDA_CONTEXT = GIB // 2
-"""What a process has on a GPU besides tensors. PyTorch measured 287 MB for the context with kernels loaded when they are
-needed (github.com/pytorch/pytorch/pull/86509); the libraries' kernels and workspaces (cuBLAS: 32 MiB on Hopper) are on
-top of it. A round figure, not a measurement."""
+"""What a process has on a GPU besides tensors. PyTorch measured 287 MB for the context, with kernels loaded when needed
+(github.com/pytorch/pytorch/pull/86509); kernels and workspaces come on top. A round figure, not measured."""
 UTILISATION = 0.35
 """Share of a card's dense half-precision rate that training is assumed to reach. An assumption, printed as one."""
 

@@ -159,7 +159,20 @@ def _layer_norm(
     return found
 
 
-_REPLACED: dict[Any, Callable[..., Tensor]] = {
+def _is_true(value: Tensor) -> bool:
+    """The masks of prompts are asked whether they leave out anything; here no prompt is padded."""
+    return True if value.device.type == "meta" else bool(value)
+
+
+def _indexed(values: Tensor, index: Any) -> Tensor:
+    """A mask of the meta device keeps everything."""
+    masked = isinstance(index, Tensor) and index.dtype == torch.bool and index.device.type == "meta"
+    return values if masked else values[index]
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    Tensor.__bool__: _is_true,
+    Tensor.__getitem__: _indexed,
     F.scaled_dot_product_attention: _attention,
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,

@@ -75,7 +75,7 @@ def _weights(phases: Phases, config: Run, kind: DeviceKind) -> Iterator[Part]:
         if kind == "cuda" and name in denoiser.encoders and config.model.offload_text_encoders:
             where = PROMPTS
         if kind == "cuda" and network is denoiser.vae and config.model.offload_vae:
-            where = (*PICTURES, *(("training",) if phases.work.decodes else ()))  # type: ignore[assignment]
+            where = (*PICTURES, *(("training",) if phases.work.decodes else ()))
         if frozen:
             yield Part(f"{name} ({_types(frozen)})", stored_bytes(frozen), where)
         if trained:

@@ -9,10 +9,10 @@ from typing import Any, get_args
 from diffalign.config import Run
 from diffalign.estimate.hardware import GIB
 from diffalign.estimate.kernels import DeviceKind
+from diffalign.estimate.methods import work_of
 from diffalign.estimate.parts import Part, Phase, reward_parts, standing_parts
 from diffalign.estimate.phases import PROMPTS_AT_ONCE, Phases
 from diffalign.estimate.subject import subject
-from diffalign.estimate.work import work_of
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,22 @@ class Estimate:
     Args:
         subject: model, family, size of pictures and what is trained, in words.
         kind: of device.
-        parts: of the memory.
+        standing: what lies in memory whatever the run does.
+        working: what each phase needs beyond that.
         flops: of an iteration, by phase; see `Cost`. Rewards and text encoders are not in it.
         not_counted: what is not in the figures.
     """
 
     subject: str
     kind: DeviceKind
-    parts: list[Part]
+    standing: list[Part]
+    working: list[Part]
     flops: dict[str, int]
     not_counted: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Part]:
+        return [*self.standing, *self.working]
 
     def total(self, phase: Phase) -> int:
         """Bytes at once in a phase."""
@@ -40,7 +46,7 @@ class Estimate:
     @property
     def totals(self) -> dict[Phase, int]:
         """Bytes at once in each phase that the run has."""
-        happen = {phase for part in self.parts if part.name.startswith("work") for phase in part.phases}
+        happen = {phase for part in self.working for phase in part.phases}
         return {phase: self.total(phase) for phase in get_args(Phase) if phase in happen}
 
     @property
@@ -107,10 +113,10 @@ def estimate(config: Run, kind: DeviceKind) -> Estimate:
         denoiser.keep_reference()
     phases = Phases(denoiser, work, config)
     rewards, unknown = reward_parts(config)
-    parts = [*standing_parts(phases, config, kind), *rewards, *_worked(phases, config)]
+    standing = [*standing_parts(phases, config, kind), *rewards]
     notes = [f"reward {name} (its size is not known without its weights)" for name in unknown]
-    if config.model.adapters:
-        notes.append("adapters that there are already (model.adapters)")
+    if any(adapter.mode == "freeze" for adapter in config.model.adapters):
+        notes.append("frozen adapters (model.adapters)")
     height, width = (int(side) for side in denoiser.size)
     trained = "all weights" if config.model.lora is None else f"LoRA of rank {config.model.lora.rank}"
     precision = "float32" if config.training.mixed_precision == "no" else config.training.mixed_precision
@@ -118,7 +124,7 @@ def estimate(config: Run, kind: DeviceKind) -> Estimate:
         f"{config.algorithm.name} of {config.model.path} ({type(denoiser).__name__}, {height} x {width} pixels, "
         f"{trained}, {precision})"
     )
-    return Estimate(words, kind, parts, dict(_arithmetic(phases)), notes)
+    return Estimate(words, kind, standing, list(_worked(phases, config)), dict(_arithmetic(phases)), notes)
 
 
 def _worked(phases: Phases, config: Run) -> Iterator[Part]:
@@ -126,22 +132,22 @@ def _worked(phases: Phases, config: Run) -> Iterator[Part]:
     work, gradients = phases.work, sum(p.numel() * 4 for p in phases.denoiser.trainable_parameters().values())
     step = phases.training
     beyond = step.peak if work.accumulates else max(0, step.peak - gradients)
-    yield Part(f"work: forward and backward pass of {work.rows} pictures", beyond, ("training",))
+    yield Part(f"forward and backward pass of {work.rows} pictures", beyond, ("training",))
     if work.sampling is not None:
         drawn = work.sampling
         cost = phases.forward(drawn.rows, drawn.guidance)
-        yield Part(f"work: denoiser on {drawn.rows} pictures", cost.peak, ("sampling",))
+        yield Part(f"denoiser on {drawn.rows} pictures", cost.peak, ("sampling",))
         if drawn.decoded_at_once:
             cost = phases.decode(drawn.decoded_at_once)
-            yield Part(f"work: decoding {drawn.decoded_at_once} pictures", cost.peak, ("decoding",))
+            yield Part(f"decoding {drawn.decoded_at_once} pictures", cost.peak, ("decoding",))
     if work.encoded_at_once:
         cost = phases.encode(work.encoded_at_once)
-        yield Part(f"work: encoding {work.encoded_at_once} pictures", cost.peak, ("encoding pictures",))
+        yield Part(f"encoding {work.encoded_at_once} pictures", cost.peak, ("encoding pictures",))
     most = max(work.rows, work.sampling.rows if work.sampling else 0)
     if config.evaluation.sets and config.rewards:
         rows, sampler = config.evaluation.batch_size, config.evaluation.sampler
         peak = max(phases.forward(rows, sampler.guidance_scale).peak, phases.decode(rows).peak)
-        yield Part(f"work: evaluation of {rows} pictures", peak, ("evaluation",))
+        yield Part(f"evaluation of {rows} pictures", peak, ("evaluation",))
         most = max(most, rows)
     if not phases.denoiser.trains_text_encoder:
         count = min(most + 1, PROMPTS_AT_ONCE)

@@ -67,14 +67,18 @@ def subject(config: Run, kind: DeviceKind) -> DiffusersDenoiser:
     family, pipeline = family_and_pipeline(model, Configuration(model))
     shadow: Any = type(family.__name__, (_OnMeta, family), {"kind": kind})
     # Where networks wait, and how they are stored, is accounted for apart: on the meta device nothing moves.
-    here = {"offload_text_encoders": False, "offload_vae": False, "quantization": None, "adapters": []}
-    known = {name: value for name, value in here.items() if name in type(model).model_fields}
+    here: dict[str, Any] = {
+        "offload_text_encoders": False,
+        "offload_vae": False,
+        "quantization": None,
+        "adapters": [],
+    }
     dtype = COMPUTE_DTYPES[training.mixed_precision]
     if model.quantization is not None:
         _quantize(getattr(pipeline, family.network_name), model.quantization, dtype)
     denoiser: DiffusersDenoiser = shadow(
         pipeline,
-        model.model_copy(update=known),
+        model.model_copy(update=here),
         device=META,
         compute_dtype=dtype,
         channels_last=training.channels_last,
@@ -90,7 +94,8 @@ def _quantize(network: nn.Module, how: Any, dtype: torch.dtype) -> None:
     """`quantize`, on the meta device: the int8 layers have the right shapes; those of nf4 are made smaller."""
     network.requires_grad_(False).to(dtype)
     quantize(network, "int8", META)
-    for layer in [module for module in network.modules() if isinstance(module, QuantizedLinear)]:
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, QuantizedLinear)]
+    for layer in layers:
         layer.__class__ = _MetaQuantizedLinear
         layer.compute_dtype, layer.kind = dtype, how
         if how == "nf4":

@@ -40,22 +40,24 @@ def loading_code(result: Result, config: Run, base: BaseModel | None) -> str:
         options = ", ".join(["pipeline.scheduler.config", "clip_sample=False", *_overrides(config.model)])
         lines.append(f"pipeline.scheduler = {scheduler}.from_config({options})")
     lines.append(f'picture = pipeline("a prompt", {_drawn_as_evaluated(config, pipeline)}).images[0]')
-    names = {
-        pipeline,
-        *([scheduler] if scheduler else []),
-        *(name for name in _NETWORK_ALONE.values() if name in lines[0]),
-    }
-    imports = []
+    return "\n".join([*_imports(result, pipeline, scheduler, lines), "", *lines])
+
+
+def _imports(result: Result, pipeline: str, scheduler: str | None, lines: list[str]) -> list[str]:
+    names = {pipeline, *(network for network in _NETWORK_ALONE.values() if network in lines[0])}
+    if scheduler is not None:
+        names.add(scheduler)
+    found = []
+    if any("resolve(" in line for line in lines):
+        found.append("from diffalign.assets import resolve")
     if pipeline in LORA_LOADERS and result.kind in ("adapter", "adapter file"):
         names.remove(pipeline)
-        imports.append(f"from {LORA_LOADERS[pipeline]} import {pipeline}")
+        found.append(f"from {LORA_LOADERS[pipeline]} import {pipeline}")
     if names:
-        imports.insert(0, f"from diffusers import {', '.join(sorted(names))}")
-    if any("resolve(" in line for line in lines):
-        imports.insert(0, "from diffalign.assets import resolve")
+        found.append(f"from diffusers import {', '.join(sorted(names))}")
     if result.kind == "peft adapter":
-        imports.append("from peft import PeftModel")
-    return "\n".join([*imports, "", *lines])
+        found.append("from peft import PeftModel")
+    return found
 
 
 def _weights(result: Result, config: Run, base: BaseModel | None, pipeline: str) -> list[str]:

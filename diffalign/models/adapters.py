@@ -46,6 +46,8 @@ class Adapters:
         self._start: dict[nn.Parameter, Tensor] = {}
         for adapter in config.adapters:
             updates = read_lora(adapter, pipeline, networks)
+            if trainable and config.quantization is not None:
+                _require_plain(adapter.path, updates)
             if trainable and config.lora is not None:
                 _require_sum(
                     adapter.path, updates, alone=len(config.adapters) == 1 and adapter.mode == "continue"
@@ -172,6 +174,15 @@ def _require_sum(path: str, parts: Mapping[str, Updates], *, alone: bool) -> Non
         why="it changes the length of the weights that it finds, so that the two are not a sum",
         hint="continue it alone, or make a base model with it first (diffusers: fuse_lora, save_pretrained)",
     )
+
+
+def _require_plain(path: str, parts: Mapping[str, Updates]) -> None:
+    if any(update.magnitude is not None for own in parts.values() for update in own.values()):
+        raise ConfigError(
+            f"model.adapters: {path} is a DoRA, which needs the lengths of the base model's rows",
+            why="model.quantization stores other weights",
+            hint="leave model.quantization out",
+        )
 
 
 def _activate(network: nn.Module, adapters: list[str]) -> None:

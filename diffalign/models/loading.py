@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -116,7 +117,9 @@ def load_for_inference(
         return load_denoiser(config, device=device, mixed_precision=mixed_precision)
     config = config.model_copy(update={"path": _base_of(final).path})
     denoiser = load_denoiser(config, device=device, mixed_precision=mixed_precision)
-    _fuse_adapter(denoiser.pipeline, final / LORA_FILE, beside=True)  # the weights that it was trained on are rounded
+    _fuse_adapter(
+        denoiser.pipeline, final / LORA_FILE, beside=True
+    )  # the weights that it was trained on are rounded
     return denoiser
 
 
@@ -289,13 +292,16 @@ def _load_single_file(path: Path, config: ModelConfig) -> Any:
         options["config"] = str(resolve(config.single_file_config))
     try:
         return family.pipeline_class.from_single_file(str(path), dtype=torch.float32, **options)
-    except NotImplementedError as error:  # a weight that no tensor of the file has filled
+    except (
+        NotImplementedError,
+        SingleFileComponentError,
+    ) as error:  # a weight, or a whole network, is not in it
         raise CheckpointError(
             f"{config.path} lacks some of the weights of its pipeline",
             where=str(path),
             why=_first_line(error),
-            hint="a file with the denoising network alone does not do: give a full checkpoint, or the matching "
-            "model.single_file_config",
+            hint="a file with the denoising network alone (flux1-dev.safetensors) or a LoRA (model.adapters) does not "
+            "do: give a full checkpoint or a diffusers folder, or the matching model.single_file_config",
         ) from error
 
 

@@ -1,11 +1,12 @@
 """LoRAs that there are already: files of diffusers, kohya and PEFT, and the results of runs, as `Update`s.
 
-Names and alphas are translated by diffusers and peft themselves. Whatever a file has and the model does not take is an
-error; nothing is left out silently.
+Names are translated by diffusers' own converters. Whatever a file has and the model does not take is an error; nothing
+is left out silently.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from diffusers.utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
-    recurse_remove_peft_layers,
 )
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,9 +29,8 @@ from diffalign.config import AdapterConfig
 from diffalign.errors import CheckpointError
 from diffalign.models.lora import adaptable_layers
 from diffalign.models.lora_paths import LoraSource, find_lora
-from diffalign.models.lora_updates import Update, Updates, updates_of
+from diffalign.models.lora_updates import Update, Updates
 
-_READ = "read"
 _PEFT_NAME = re.compile(r"\.lora_(A\.weight|B\.weight|magnitude_vector|magnitude_vector\.weight)$")
 _MARKS = (
     ("joint_blocks", "Stable Diffusion 3, of kohya"),
@@ -47,11 +47,14 @@ _MARKS = (
 
 @dataclass(frozen=True)
 class _File:
-    """A file's weights by diffusers' names, with what says its alphas: one of the two, or neither."""
+    """A file's weights by diffusers' names, and by network what says its alphas: one of the two, or neither.
+
+    `alphas`: module -> alpha. `configs`: peft's own description.
+    """
 
     tensors: dict[str, Tensor]
-    alphas: dict[str, float] | None
-    metadata: dict[str, Any] | None
+    alphas: dict[str, dict[str, float]]
+    configs: dict[str, LoraConfig]
 
 
 def read_lora(config: AdapterConfig, pipeline: Any, networks: Mapping[str, Any]) -> dict[str, Updates]:
@@ -60,7 +63,7 @@ def read_lora(config: AdapterConfig, pipeline: Any, networks: Mapping[str, Any])
     Args:
         config: which one.
         pipeline: of the model; its loaders know the names of its family. Its weights stay as they are.
-        networks: the pipeline's name of each network that may have an adapter -> it, without adapters.
+        networks: the pipeline's name of each network that may have an adapter -> it.
 
     Returns:
         The names of those that it changes -> the updates.
@@ -73,12 +76,9 @@ def read_lora(config: AdapterConfig, pipeline: Any, networks: Mapping[str, Any])
         with safe_open(source.file, framework="pt") as opened:
             names = list(opened.keys())
         _require_readable(source, names)
-        file = _peft_file(source, networks) if source.is_peft else _pipeline_file(source, pipeline)
+        file = _peft_file(source, networks) if source.is_peft else _pipeline_file(source, pipeline, networks)
         parts = _require_fit(source, file, names, pipeline, networks)
-        with torch.random.fork_rng(devices=[]):
-            return {
-                part: _through_peft(part, own, file, pipeline, networks[part]) for part, own in parts.items()
-            }
+        return {part: _updates(part, own, file) for part, own in parts.items()}
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the LoRA weights cannot be read: {config.path}",
@@ -105,7 +105,7 @@ def _require_readable(source: LoraSource, names: list[str]) -> None:
         )
 
 
-def _pipeline_file(source: LoraSource, pipeline: Any) -> _File:
+def _pipeline_file(source: LoraSource, pipeline: Any, networks: Mapping[str, Any]) -> _File:
     """A file of diffusers or kohya, by the pipeline's own loader."""
     options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     tensors, *others = pipeline.lora_state_dict(
@@ -116,23 +116,43 @@ def _pipeline_file(source: LoraSource, pipeline: Any) -> _File:
         return_lora_metadata=True,
         **options,
     )
-    alphas = others[0] or None if len(others) == 2 else None
-    return _File({name: tensor.float() for name, tensor in tensors.items()}, alphas, others[-1])
+    alphas = (others[0] or {}) if len(others) == 2 else {}
+    settings = {part: _of_part(part, others[-1] or {}) for part in networks}
+    return _File(
+        {name: tensor.float() for name, tensor in tensors.items()},
+        {part: _by_module(_of_part(part, alphas), network) for part, network in networks.items()},
+        {part: LoraConfig(**own) for part, own in settings.items() if own},
+    )
+
+
+def _of_part(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    start = part + "."
+    return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+
+
+def _by_module(alphas: Mapping[str, Any], network: Any) -> dict[str, float]:
+    """Module -> alpha. diffusers calls an alpha by its module, or by the weight that it belongs to.
+
+    diffusers itself misses those of attention layers where a file has several alphas (0.42).
+    """
+    bare = {name.removesuffix(".alpha"): torch.as_tensor(float(value)) for name, value in alphas.items()}
+    weights = {name: value for name, value in bare.items() if name.endswith(".weight")}
+    modules = {name: value for name, value in bare.items() if name not in weights}
+    named = {**_flat(modules, network), **_peft_names(weights, network)}
+    return {name.partition(".lora_")[0]: float(value) for name, value in named.items()}
 
 
 def _peft_file(source: LoraSource, networks: Mapping[str, Any]) -> _File:
     """What PEFT's save_pretrained wrote: of the denoising network, or of whichever network has all its modules."""
     raw = load_file(source.file)
-    own = {name.removeprefix("base_model.model."): tensor for name, tensor in raw.items()}
+    own = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in raw.items()}
     fitting = [part for part, network in networks.items() if not _misfits(_flat(own, network), network)]
     denoising = next(part for part in networks if not part.startswith("text_encoder"))
     part = next(iter(fitting), denoising)
-    settings = PeftConfig.from_pretrained(str(source.file.parent)).to_dict()
-    return _File(
-        {f"{part}.{name}": tensor.float() for name, tensor in own.items()},
-        None,
-        {f"{part}.{name}": value for name, value in settings.items()},
-    )
+    config = PeftConfig.from_pretrained(str(source.file.parent))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"an adapter of the kind {config.peft_type}, not a LoRA")
+    return _File({f"{part}.{name}": tensor for name, tensor in own.items()}, {}, {part: config})
 
 
 def _peft_names(tensors: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
@@ -177,13 +197,13 @@ def _require_fit(
     source: LoraSource, file: _File, names: list[str], pipeline: Any, networks: Mapping[str, Any]
 ) -> dict[str, dict[str, Tensor]]:
     """The weights of each network by peft's names. Raises CheckpointError for any that no module takes."""
-    left, parts, wrong = set(file.tensors), {}, []
+    left, parts = set(file.tensors), {}
+    wrong: list[str] = []
     for part, network in networks.items():
-        own = {name: t for name, t in file.tensors.items() if name.startswith(part + ".")}
-        left -= set(own)
+        own = _of_part(part, file.tensors)
+        left -= {f"{part}.{name}" for name in own}
         if own:
-            bare = {name.removeprefix(part + "."): tensor for name, tensor in own.items()}
-            parts[part] = _peft_names(bare, network)
+            parts[part] = _peft_names(own, network)
             wrong += _misfits(parts[part], network).values()
     wrong += sorted(left)
     if not wrong:
@@ -198,34 +218,28 @@ def _require_fit(
     )
 
 
-def _with_ending(name: str, ending: str) -> str:
-    return name.removesuffix(".weight") + ending if "lora_magnitude_vector" in name else name
-
-
-def _through_peft(
-    part: str, tensors: dict[str, Tensor], file: _File, pipeline: Any, network: Any
-) -> dict[str, Update]:
-    """Load a network's adapter as diffusers does, which finds its alphas; read it off, and remove it again."""
-    ending = (
-        "" if isinstance(network, ModelMixin) else ".weight"
-    )  # which transformers wants of DoRA's lengths
-    named = {f"{part}.{_with_ending(name, ending)}": tensor for name, tensor in tensors.items()}
-    options = {"network_alphas": file.alphas, "metadata": file.metadata, "adapter_name": _READ}
-    try:
-        if isinstance(network, ModelMixin):
-            network.load_lora_adapter(named, prefix=part, low_cpu_mem_usage=True, **options)
-        else:
-            pipeline.load_lora_into_text_encoder(
-                named, text_encoder=network, prefix=part, low_cpu_mem_usage=True, **options
-            )
-        updates = updates_of(network, _READ)
-    finally:
-        recurse_remove_peft_layers(network)
-        network._hf_peft_config_loaded = False
-        vars(network).pop("peft_config", None)
-    loaded = sum(2 + (update.magnitude is not None) for update in updates.values())
-    if loaded != len(tensors):
-        raise ValueError(f"{loaded} of its {len(tensors)} weights for {part} were taken")
-    if not all(t.isfinite().all() for u in updates.values() for t in (u.down, u.up)):
-        raise ValueError("it has numbers that are not finite")
+def _updates(part: str, tensors: Mapping[str, Tensor], file: _File) -> dict[str, Update]:
+    """A network's updates, from its weights under peft's names. Raises ValueError for half of a pair."""
+    updates = {}
+    for module in dict.fromkeys(name.partition(".lora_")[0] for name in tensors):
+        down, up = (tensors.get(f"{module}.lora_{side}.weight") for side in "AB")
+        if down is None or up is None or down.shape[0] != up.shape[1]:
+            raise ValueError(f"{part}.{module} has no pair of lora_A and lora_B of one rank")
+        name = f"{module}.lora_magnitude_vector"
+        magnitude = tensors.get(name, tensors.get(name + ".weight"))
+        updates[module] = Update(down, up, _scale(module, len(down), part, file), magnitude)
+        if not all(tensor.isfinite().all() for tensor in (down, up)):
+            raise ValueError(f"{part}.{module} has numbers that are not finite")
     return updates
+
+
+def _scale(module: str, rank: int, part: str, file: _File) -> float:
+    """alpha / rank as the file says it; without an alpha it is 1."""
+    config = file.configs.get(part)
+    if config is None:
+        return file.alphas.get(part, {}).get(module, float(rank)) / rank
+    known = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    if known != rank:
+        raise ValueError(f"{part}.{module} has rank {rank}, and the file's own settings say {known}")
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))

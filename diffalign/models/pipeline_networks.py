@@ -213,7 +213,7 @@ class PipelineNetworks(Denoiser):
             for network in self._trained_networks().values():
                 network.requires_grad_(True)
             return
-        targets = dict.fromkeys(self._trained_networks(), TEXT_ENCODER_TARGETS)
+        targets: dict[str, tuple[str, ...]] = dict.fromkeys(self._trained_networks(), TEXT_ENCODER_TARGETS)
         targets[self.network_name] = tuple(lora.target_modules or self.lora_targets)
         self._adapters.add(lora, targets, seed)
 

@@ -61,15 +61,15 @@ def require_all_weights(pipeline: Any, names: Iterable[str], variant: str | None
         CheckpointError: weights that the files lack, or that the denoising network or the VAE has no place for.
     """
     for name in names:
-        network = getattr(pipeline, name)
+        network, left_over = getattr(pipeline, name), list[str]()
+        if network is None:
+            continue
         if isinstance(network, PreTrainedModel):
             folder = Path(network.name_or_path)
-            missing, left_over = _missing_of_encoder(network, folder, variant), []
-        elif network is not None:
+            missing = _missing_of_encoder(network, folder, variant)
+        else:
             folder = Path(network.config["_name_or_path"])
             missing, left_over = _missing_and_left_over(network, stored_names(folder, variant))
-        else:
-            continue
         if missing:
             raise CheckpointError(
                 f"the {name} lacks {len(missing)} of its weights: {_some(missing)}",

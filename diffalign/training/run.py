@@ -178,8 +178,7 @@ class _Run:
 
     def _say_what_trains(self, denoiser: DiffusersDenoiser) -> None:
         count = sum(p.numel() for p in denoiser.trainable_parameters().values())
-        lora = self.config.model.lora
-        how = f"LoRA of rank {lora.rank}" if lora is not None else "all weights"
+        how = self.config.model.trained
         how += " of network and text encoder" if self.config.model.train_text_encoder else " of the network"
         precision = self.config.training.mixed_precision
         self.progress.say(

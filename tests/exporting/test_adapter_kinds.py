@@ -35,3 +35,12 @@ def test_a_dora_keeps_its_magnitudes(tmp_path: Path):
     pipeline.unet = PeftModel.from_pretrained(pipeline.unet, dora["peft"] / "unet").merge_and_unload()
     assert dora.draw_the_same(pipeline)
     assert dora.draw_the_same(DiffusionPipeline.from_pretrained(dora["merged"]))
+
+
+def test_adapters_that_a_run_started_with_are_part_of_it(uneven: Exports, tmp_path: Path):
+    start = [{"path": str(uneven["diffusers"]), "mode": "freeze"}]
+    over = Exports(tmp_path, "sd", ["kohya", "merged"], adapters=start, text_encoder=False)
+    pipeline = over.run.base_pipeline()
+    pipeline.load_lora_weights(over.folder, weight_name=over["kohya"].name)
+    assert over.draw_the_same(pipeline)
+    assert over.draw_the_same(DiffusionPipeline.from_pretrained(over["merged"]))

@@ -77,7 +77,7 @@ def pair(
 
 
 def kohya_unet(pipeline: Any, file: Path) -> None:
-    """kohya's names for SD 1.x's UNet and CLIP, and SDXL's in diffusers' blocks: ranks 2 and 3, alpha 5 and 1."""
+    """kohya's names for SD 1.x's UNet and CLIP, and SDXL's in diffusers' blocks: ranks 2 and 3, alpha 5."""
     draw, tensors = torch.Generator().manual_seed(0), {}
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
     if hasattr(pipeline, "text_encoder_2"):
@@ -89,7 +89,7 @@ def kohya_unet(pipeline: Any, file: Path) -> None:
             key = prefix + name.replace(".", "_")
             down, up = pair(module, 2 + i % 2, draw)
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-            tensors[f"{key}.alpha"] = torch.tensor(5.0 if i % 3 else 1.0)
+            tensors[f"{key}.alpha"] = torch.tensor(5.0)
     save_file(tensors, file)
 
 
@@ -145,14 +145,19 @@ def test_a_file_changes_every_weight_as_plain_diffusers_does(build, write, tmp_p
         assert_close(found[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_kohyas_alpha_is_over_the_rank(tmp_path):
+def test_each_module_has_its_own_alpha_over_its_rank(tmp_path):
     pipeline, file = tiny_pipeline(), tmp_path / "lora.safetensors"
     kohya_unet(pipeline, file)
-    raw, updates = load_file(file), read(file, pipeline)
-    for name, update in updates["unet"].items():
-        key = "lora_unet_" + name.replace(".", "_")
-        assert_close(update.scale, float(raw[f"{key}.alpha"]) / len(raw[f"{key}.lora_down.weight"]))
-        assert torch.equal(update.up, raw[f"{key}.lora_up.weight"])
+    raw = load_file(file)
+    for i, name in enumerate(name for name in raw if name.endswith(".alpha")):
+        raw[name] = torch.tensor(1.0 + i)  # diffusers 0.42 itself reads attention's as one and the same
+    save_file(raw, file)
+    updates = read(file, pipeline)
+    for part, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_text_model_")):
+        for name, update in updates[part].items():
+            key = prefix + name.replace(".", "_")
+            assert_close(update.scale, float(raw[f"{key}.alpha"]) / len(raw[f"{key}.lora_down.weight"]))
+            assert torch.equal(update.up, raw[f"{key}.lora_up.weight"])
     assert {update.rank for update in updates["unet"].values()} == {2, 3}
     assert all(name.endswith(("q_proj", "out_proj", "fc1")) for name in updates["text_encoder"])
 
@@ -227,7 +232,7 @@ def test_a_lora_of_another_base_is_told_by_its_shapes(tmp_path):
         name: torch.cat([t, t], dim=1) if "lora_A" in name else t for name, t in load_file(file).items()
     }
     save_file(tensors, file)
-    assert "to_q takes 16, this LoRA 32" in refusal(file, tiny_pipeline())
+    assert "to_q takes 8, this LoRA 16" in refusal(file, tiny_pipeline())
 
 
 def test_a_weight_that_no_module_takes_is_named(tmp_path):
