@@ -3,7 +3,8 @@
     python benchmarks/methods.py [--output-dir runs/methods] [--processes 2] [NAME ...]
 
 A few minutes a method on two cores. What was interrupted goes on by the same command, and what is finished is not run
-again. The table is printed after every run, and written to methods.md in the output folder.
+again. What NPO trains is judged as it is used: as the negative of the bundled checkpoint, both guided. The table is
+printed after every run, and written to methods.md in the output folder.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from diffalign.assets import list_configs
 from diffalign.config_file import load_config
 
 GOLD = "shapes_accuracy"
+NEGATIVES = ("npo",)
+"""Run files whose result is to be guided away from."""
 COLUMNS = (
-    "method", "run file", "exact pictures in-domain", "out of domain", "its own reward, in-domain", "time",
+    "method", "run file", "exact pictures in-domain", "out of domain", "what it optimises, in-domain", "time",
     "pictures sampled", "pictures trained on", "reward queries", "labels", "captions",
 )  # fmt: skip
 
@@ -35,17 +38,39 @@ def points(change: dict[str, float]) -> str:
     return f"{100 * change['mean']:+.1f} [{100 * change['low']:.1f}, {100 * change['high']:.1f}]"
 
 
-def row(name: str, summary: dict[str, Any], trained: str | None) -> str:
+def run(*words: str) -> None:
+    """A command of diffalign; ends the benchmark where it fails."""
+    ended = subprocess.run([sys.executable, "-m", "diffalign", *words], check=False)
+    if ended.returncode:
+        sys.exit(ended.returncode)
+
+
+def changes(folder: Path, summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Set -> reward -> change with its interval: of the policy, or of what it is the negative of."""
+    guided = folder / "guided" / "comparison.json"
+    if not guided.is_file():
+        return {
+            name: {label: figures["change"] for label, figures in rewards.items()}
+            for name, rewards in summary["results"].items()
+        }
+    results = json.loads(guided.read_text())["results"]
+    return {
+        name: {entry["label"]: entry["pairs"][0]["difference"] for entry in entries}
+        for name, entries in results.items()
+    }
+
+
+def row(name: str, folder: Path, trained: str) -> str:
     """One line of the table.
 
     Args:
-        trained: label of the first reward with a weight; None for methods that see no reward.
+        trained: label of the first reward with a weight: what the method saw, or what its data were judged by.
     """
-    inside, outside = summary["results"]["in-domain"], summary["results"]["out-of-domain"]
-    own = "none"
-    if trained is not None:
-        change = inside[trained]["change"]
-        own = f"{trained} {change['mean']:+.3f} [{change['low']:.3f}, {change['high']:.3f}]"
+    summary = json.loads((folder / "summary.json").read_text())
+    found = changes(folder, summary)
+    inside, outside = found["in-domain"], found["out-of-domain"]
+    change = inside[trained]
+    own = f"{trained} {change['mean']:+.3f} [{change['low']:.3f}, {change['high']:.3f}]"
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
     counts = [
         f"{summary['counts'][name]:,}"
@@ -58,7 +83,7 @@ def row(name: str, summary: dict[str, Any], trained: str | None) -> str:
         )
     ]
     cells = [
-        summary["algorithm"], f"`tiny/{name}`", points(inside[GOLD]["change"]), points(outside[GOLD]["change"]), own,
+        summary["algorithm"], f"`tiny/{name}`", points(inside[GOLD]), points(outside[GOLD]), own,
         f"{minutes} min {seconds} s", *counts,
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
@@ -77,19 +102,18 @@ def main() -> None:
         parser.error(f"no such run file: {', '.join(unknown)} (there are {', '.join(names())})")
     for name in args.names or names():
         folder = args.output_dir / name
-        command = [sys.executable, "-m", "diffalign", "train", f"tiny/{name}", "--output-dir", str(folder)]
-        ended = subprocess.run([*command, "--processes", str(args.processes)], check=False)
-        if ended.returncode:
-            sys.exit(ended.returncode)
+        processes = ("--processes", str(args.processes))
+        run("train", f"tiny/{name}", "--output-dir", str(folder), *processes)
+        if name in NEGATIVES:
+            pair = ("base=bundled:tiny-sd", f"guided=bundled:tiny-sd+negative:{folder}")
+            options = ("--guidance-scale", "2", "--output-dir", str(folder / "guided"), *processes)
+            run("compare", *pair, *options)
         table = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
         for done in names():
-            file = args.output_dir / done / "summary.json"
-            if file.is_file():
+            if (args.output_dir / done / "summary.json").is_file():
                 rewards = load_config(args.output_dir / done / "config.yaml").rewards
                 trained = [reward.label or reward.name for reward in rewards if reward.weight]
-                summary = json.loads(file.read_text())
-                sampled = summary["counts"]["reward_queries"] > 0
-                table += "\n" + row(done, summary, trained[0] if sampled else None)
+                table += "\n" + row(done, args.output_dir / done, trained[0])
         (args.output_dir / "methods.md").write_text(table + "\n")
         print(table)
 

@@ -25,10 +25,12 @@ def guide_away_from(denoiser: Denoiser, negative: Denoiser, sampler: SamplerConf
         raise ConfigError(
             "a negative model has no effect at guidance scale 1",
             why="it takes the place of the prediction without a prompt, which guidance scale 1 does not use",
-            hint="give a --guidance-scale other than 1 (5 to 7.5 is usual), or leave --negative out",
+            hint="give a --guidance-scale other than 1 (5 to 7.5 is usual), or leave the negative out",
         )
     if not isinstance(denoiser, DiffusersDenoiser):
-        raise ConfigError(f"a {type(denoiser).__name__} takes no negative model", hint="leave --negative out")
+        raise ConfigError(
+            f"a {type(denoiser).__name__} takes no negative model", hint="leave the negative out"
+        )
     denoiser.guide_away_from(negative)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core to itself
 
 import pytest
 import torch
@@ -17,6 +21,13 @@ from diffalign.models.stable_diffusion import StableDiffusion
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, up to 8, when all tests of the default run are asked for; otherwise none."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    ordinary = config.option.markexpr == "not slow and not gpu"  # slow ones need the memory of a machine
+    return min(os.cpu_count() or 1, 8) if whole and ordinary else 0
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

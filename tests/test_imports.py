@@ -14,7 +14,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ["config", "config_yaml", "config_messages", "config_file", "config_help"]
 LAYERS = [
-    ["errors", "redaction", *CONFIGURATION, "assets", "seeding", "images", "result_folder", "origins", "model_card", "hub"],
+    [
+        "errors",
+        "redaction",
+        *CONFIGURATION,
+        "assets",
+        "seeding",
+        "images",
+        "result_folder",
+        "origins",
+        "model_card",
+        "hub",
+    ],
     ["schedule", "timesteps", "transitions", "losses", "advantages"],
     ["models"],
     ["trajectory", "backpropagation", "sampling", "picture_folder", "data", "rewards", "scoring"],

@@ -41,6 +41,7 @@ EXCEPTIONS = {
     "cli/__init__.py: import_module of a name that is computed": "the table of commands",
     "algorithms/table.py: import_module of a name that is computed": "the methods of config.RUNS",
     "losses/pair_table.py: import_module of a name that is computed": "the table of pair losses",
+    "models/families.py: import_module of a name that is computed": "the table of families; other names are refused",
     "cli/doctor.py: import_module of a name that is computed": "the table of libraries",
 }
 """Places where code is loaded on purpose: from installed packages, or from a file that the user names."""

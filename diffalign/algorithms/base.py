@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from diffalign.errors import ConfigError
 from diffalign.losses.base import LossOutput
 
 T = TypeVar("T")
@@ -170,6 +171,19 @@ class Context:
     meter: Meter = field(default_factory=Meter)
     say: Callable[[str], None] = print
     poll: Callable[[], None] = lambda: None
+
+    def share(self, prompts: int) -> int:
+        """How many of an iteration's prompts are this process's: rows r, r + N, ... of process r of N.
+
+        Raises:
+            ConfigError: they cannot be shared evenly.
+        """
+        if prompts % self.world:
+            raise ConfigError(
+                f"algorithm.prompts_per_iteration: {prompts} prompts cannot be shared evenly by "
+                f"{self.world} processes"
+            )
+        return prompts // self.world
 
     def watched(self, pieces: Iterable[T]) -> Iterator[T]:
         """`pieces`, with a poll before each."""

@@ -62,12 +62,7 @@ def prompts_per_update(config: ComparedConfig, context: Context) -> int:
     Raises:
         ConfigError: the prompts of a process are not equal shares.
     """
-    share, rest = divmod(config.prompts_per_iteration, context.world)
-    if rest:
-        raise ConfigError(
-            f"algorithm.prompts_per_iteration: {config.prompts_per_iteration} prompts cannot be shared "
-            f"evenly by {context.world} processes"
-        )
+    share = context.share(config.prompts_per_iteration)
     if share % config.updates_per_epoch:
         raise ConfigError(
             f"algorithm.updates_per_epoch: {config.updates_per_epoch} does not divide the {share} prompts that "

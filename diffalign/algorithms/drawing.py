@@ -6,20 +6,20 @@ iteration). So neither the number of processes nor the batch size changes what i
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffalign.algorithms.base import Context
+from diffalign.algorithms.base import Algorithm, Context
+from diffalign.algorithms.sample_metrics import GroupDiversity, distance_in_groups, reward_metrics
+from diffalign.algorithms.scored_batches import ScoredBatches, named_scores, scores_of
 from diffalign.config import SamplerConfig
 from diffalign.data.prompts import PromptSource
-from diffalign.errors import ConfigError, NumericsError
+from diffalign.errors import NumericsError
 from diffalign.models.base import Denoiser
-from diffalign.rewards import BackgroundScorer, RewardMixture
-from diffalign.rewards.mixture import Scores
+from diffalign.rewards import RewardMixture
 from diffalign.seeding import derive_seed
 from diffalign.trajectory import rollout
 
@@ -48,19 +48,6 @@ class Drawn:
         return values.flatten()[self.rows.to(values.device)]
 
 
-@dataclass
-class _Batch:
-    latents: Tensor
-    components: dict[str, Tensor] | None = None
-    future: Future[Scores] | None = None
-
-    def note_scores(self) -> None:
-        """Keep the scores if they are there."""
-        future = self.future
-        if future is not None and future.done() and not future.cancelled() and future.exception() is None:
-            self.components = future.result().components
-
-
 class Drawing:
     """Samples and scores; see the module. Every process samples all pictures of its share of the prompts.
 
@@ -74,6 +61,9 @@ class Drawing:
     Raises:
         ConfigError: the prompts cannot be shared evenly by the processes.
     """
+
+    keeps_trajectories: ClassVar[bool] = False
+    """What `_sample_batch` gives is of whole trajectories; see `ScoredBatches`."""
 
     def __init__(
         self,
@@ -89,18 +79,17 @@ class Drawing:
     ) -> None:
         self.prompts, self.reward, self.denoiser, self.context = prompts, reward, denoiser, context
         self.sampler = denoiser.make_sampler(sampler)
-        self.prompts_per_iteration, self.group_size, self.batch_size = (
-            prompts_per_iteration, group_size, batch_size,
-        )  # fmt: skip
-        self._batches: list[_Batch] = []
+        self.prompts_per_iteration, self.group_size = prompts_per_iteration, group_size
+        self._batches = ScoredBatches(
+            reward, denoiser, context, size=batch_size, trajectories=self.keeps_trajectories
+        )
+        self._sampled: dict[str, Tensor] = {}  # of the whole draw
         self._drawn: Drawn | None = None
+        self._distance: float | None = None  # inside the groups of `_drawn`
+        self.diversity = GroupDiversity()
         self._iteration = -1  # of `_drawn` and `_batches`
         self._resumed = False
-        if prompts_per_iteration % context.world:
-            raise ConfigError(
-                f"algorithm.prompts_per_iteration: {prompts_per_iteration} prompts cannot be shared "
-                f"evenly by {context.world} processes"
-            )
+        context.share(prompts_per_iteration)
 
     def draw(self, iteration: int) -> Drawn:
         """The pictures of an iteration, sampled now; after `take_up`, what is missing of them.
@@ -112,28 +101,31 @@ class Drawing:
         if resumed and self._drawn is not None:
             return self._drawn
         if not resumed:
-            self._batches = []
+            self._batches.clear()
         self._drawn, self._iteration = None, iteration
         prompts, seeds, _ = self._my_share(iteration)
-        latents, mine = self._sample(prompts, seeds)
+        self._sampled, mine = self._batches.sample(
+            prompts, seeds, lambda rows: self._sample_batch(prompts[rows], seeds[rows])
+        )
         components = {label: self._gather(scores) for label, scores in mine.items()}
-        self._drawn = self._whole(iteration, latents, components)
-        self._batches = []
-        self.context.meter.count("sampled_pictures", self._drawn.rewards.numel())
-        self.context.meter.count("reward_queries", self._drawn.rewards.numel() * len(components))
-        return self._drawn
+        drawn = self._whole(iteration, components)
+        if self.group_size > 1:
+            distances = distance_in_groups(drawn.latents, self.group_size)
+            self._distance = float(self.context.gather(distances).mean())
+            self.diversity.start(self._distance)
+        self._drawn = drawn
+        self._batches.clear()
+        self.context.meter.count("sampled_pictures", drawn.rewards.numel())
+        self.context.meter.count("reward_queries", drawn.rewards.numel() * len(components))
+        return drawn
 
     def metrics(self) -> dict[str, float]:
-        """reward/mean, std and group_std (the mean spread inside a group), and each component's mean."""
+        """Of the last draw; see `reward_metrics` and `GroupDiversity`."""
         if self._drawn is None:
             return {}
-        rewards, components = self._drawn.rewards, self._drawn.components
-        figures = {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std(correction=0)),
-            "reward/group_std": float(rewards.std(dim=1, correction=0).mean()),
-        }
-        return figures | {f"reward/{label}": float(values.mean()) for label, values in components.items()}
+        components = {label: scores.flatten() for label, scores in self._drawn.components.items()}
+        figures = reward_metrics(self._drawn.rewards.flatten(), components, self.group_size)
+        return figures | self.diversity.metrics(self._distance)
 
     # Inside an iteration, for `KeepsWork`
 
@@ -142,26 +134,25 @@ class Drawing:
         if self._iteration != iteration:
             return None
         if self._drawn is not None:
-            tensors = {"latents": self._drawn.latents, **_named(self._drawn.components)}
-            return tensors, {"iteration": iteration, "batches": None}
-        tensors = {
-            f"{number}.{name}": tensor
-            for number, batch in enumerate(self._batches)
-            for name, tensor in {"latents": batch.latents, **_named(batch.components or {})}.items()
-        }
+            tensors = {**self._sampled, **named_scores(self._drawn.components)}
+            return tensors, {"iteration": iteration, "batches": None, "distance": self._distance}
+        tensors = self._batches.tensors()
         return (tensors, {"iteration": iteration, "batches": len(self._batches)}) if tensors else None
 
     def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go on from what `unfinished` gave: the next `draw` is of the same iteration and draws nothing twice."""
         tensors = {name: tensor.to(self.denoiser.device) for name, tensor in tensors.items()}
-        self._iteration, self._batches, self._drawn, self._resumed = state["iteration"], [], None, True
-        if state["batches"] is None:
-            self._drawn = self._whole(self._iteration, tensors["latents"], _scores(tensors))
+        self._iteration, self._drawn, self._resumed = state["iteration"], None, True
+        self._batches.clear()
+        if state["batches"] is not None:
+            self._batches.take_up(tensors, state["batches"])
             return
-        for number in range(state["batches"]):
-            prefix = f"{number}."
-            mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            self._batches.append(_Batch(mine["latents"], _scores(mine) or None))
+        components = scores_of(tensors)
+        named = named_scores(components)
+        self._sampled = {name: tensor for name, tensor in tensors.items() if name not in named}
+        self._drawn, self._distance = self._whole(self._iteration, components), state["distance"]
+        if self._distance is not None:
+            self.diversity.start(self._distance)
 
     # Sampling
 
@@ -174,67 +165,20 @@ class Drawing:
         seeds = [derive_seed(context.seed, "rollout", iteration, row) for row in rows]
         return [drawn[row // group] for row in rows], seeds, torch.tensor(rows)
 
-    def _sample(self, prompts: list[str], seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents and components [B] of this process; batches that are there already are kept."""
-        size, meter = self.batch_size, self.context.meter
-        try:
-            with BackgroundScorer(self.reward, self.denoiser.device) as scorer:
-                for number, start in enumerate(range(0, len(prompts), size)):
-                    self.context.poll()
-                    rows = slice(start, start + size)
-                    with meter.phase("sampling"), torch.no_grad():
-                        if number == len(self._batches):
-                            self._batches.append(_Batch(self._sample_batch(prompts[rows], seeds[rows])))
-                        batch = self._batches[number]
-                        if batch.components is not None:
-                            continue
-                        pictures = self.denoiser.decode(batch.latents)
-                    batch.future = scorer.submit(pictures, prompts[rows])
-                self._wait_for_scores()
-        except NumericsError as error:
-            error.evidence = self._evidence(error, prompts, seeds)
-            raise
-        finally:
-            for batch in self._batches:
-                batch.note_scores()
-        self.reward.offload()
-        parts = [batch.components for batch in self._batches if batch.components is not None]
-        device = self.denoiser.device
-        components = {
-            label: torch.cat([part[label] for part in parts]).to(device) for label in self.reward.labels
-        }
-        return torch.cat([batch.latents for batch in self._batches]), components
-
-    def _sample_batch(self, prompts: list[str], seeds: list[int]) -> Tensor:
+    def _sample_batch(self, prompts: list[str], seeds: list[int]) -> dict[str, Tensor]:
         conditioning = self.denoiser.encode_prompts(prompts)
         *_, last = self.context.watched(rollout(self.denoiser, conditioning, self.sampler, seeds))
-        return last.x_prev
-
-    def _wait_for_scores(self) -> None:
-        with self.context.meter.phase("reward"):
-            for batch in self._batches:
-                self.context.poll()
-                if batch.future is not None:
-                    batch.future.result()
-                batch.note_scores()
-                batch.future = None
-
-    def _evidence(self, error: NumericsError, prompts: list[str], seeds: list[int]) -> dict[str, Any] | None:
-        """Prompts and seeds of the batch whose scoring raised this error, if one did."""
-        for number, batch in enumerate(self._batches):
-            if batch.future is not None and batch.future.done() and batch.future.exception() is error:
-                rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
-                return {"prompts": prompts[rows], "seeds": seeds[rows]}
-        return None
+        return {"latents": last.x_prev}
 
     def _gather(self, scores: Tensor) -> Tensor:
         """Scores [P, G] of all pictures in the order of the prompts drawn, whoever sampled them."""
         world, group = self.context.world, self.group_size
         return self.context.gather(scores).view(world, -1, group).transpose(0, 1).reshape(-1, group)
 
-    def _whole(self, iteration: int, latents: Tensor, components: dict[str, Tensor]) -> Drawn:
-        """What `draw` returns, from this process's latents and the components [P, G] of all."""
+    def _whole(self, iteration: int, components: dict[str, Tensor]) -> Drawn:
+        """What `draw` returns, from what this process sampled and the components [P, G] of all."""
         prompts, seeds, rows = self._my_share(iteration)
+        latents = self._batches.final(self._sampled)
         rewards = self.reward.combine(components).float()  # of all: standard scores need every picture
         drawn = Drawn(latents, prompts, seeds, rows, rewards, components)
         bad = ~rewards.isfinite()
@@ -250,10 +194,22 @@ class Drawing:
         return drawn
 
 
-def _named(components: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"score.{label}": scores for label, scores in components.items()}
+class LearnsFromDrawing(Algorithm):
+    """An algorithm whose iteration begins with a draw; the loop's other questions are the drawing's to answer."""
 
+    drawing: Drawing
 
-def _scores(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The way back from `_named`."""
-    return {name.removeprefix("score."): t for name, t in tensors.items() if name.startswith("score.")}
+    def metrics(self) -> dict[str, float]:
+        return self.drawing.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.drawing.diversity.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawing.diversity.load_state_dict(state)
+
+    def unfinished(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.drawing.unfinished(iteration)
+
+    def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.drawing.take_up(tensors, state)

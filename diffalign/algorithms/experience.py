@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from diffalign.algorithms.base import Context
 from diffalign.config.online import TrajectoryRLConfig
 from diffalign.models.base import Conditioning
-from diffalign.rewards.mixture import Scores
 from diffalign.seeding import generator
 from diffalign.trajectory import Trajectory
 from diffalign.transitions import Sampler
@@ -46,31 +44,6 @@ class Experience:
     conditioning: Conditioning
     steps: Tensor
     advantages: Tensor
-
-
-@dataclass
-class SampledBatch:
-    """Some trajectories and, once the rewards are known, their components [B] by label."""
-
-    trajectory: Trajectory
-    components: dict[str, Tensor] | None = None
-    future: Future[Scores] | None = None
-
-    def note_scores(self) -> None:
-        """Keep the scores if they are there."""
-        future = self.future
-        if future is not None and future.done() and not future.cancelled() and future.exception() is None:
-            self.components = future.result().components
-
-    def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint; `from_tensors` is the way back."""
-        scores = {f"score.{label}": values for label, values in (self.components or {}).items()}
-        return {**trajectory_tensors(self.trajectory), **scores}
-
-    @classmethod
-    def from_tensors(cls, sampler: Sampler, tensors: dict[str, Tensor], device: torch.device) -> SampledBatch:
-        scores = {name.removeprefix("score."): t for name, t in tensors.items() if name.startswith("score.")}
-        return cls(trajectory_from(sampler, tensors, device), scores or None)
 
 
 def trajectory_tensors(trajectory: Trajectory) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from diffalign.advantages import group_advantages, group_mean_batch_std_advantages
-from diffalign.algorithms.base import Algorithm, Context
-from diffalign.algorithms.drawing import Drawing, Drawn
+from diffalign.algorithms.base import Context
+from diffalign.algorithms.drawing import Drawing, Drawn, LearnsFromDrawing
 from diffalign.algorithms.experience import minibatch_shares
 from diffalign.algorithms.snapshots import PolicySnapshot
 from diffalign.config.forward_process import AWMConfig, ForwardProcessConfig, ForwardProcessRun, NFTConfig
@@ -69,7 +69,7 @@ class Points:
     advantages: Tensor
 
 
-class ForwardProcessRL(Algorithm):
+class ForwardProcessRL(LearnsFromDrawing):
     """Sample pictures with the old policy, score them, noise them again, learn from the contrast.
 
     The old policy follows the policy at the start of each iteration: old <- d old + (1 - d) policy.
@@ -201,13 +201,11 @@ class ForwardProcessRL(Algorithm):
 
     # The loop's other questions
 
-    def metrics(self) -> dict[str, float]:
-        return self.drawing.metrics()
-
     def state_dict(self) -> dict[str, Any]:
-        return {"followed": self._followed}
+        return {**super().state_dict(), "followed": self._followed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._followed = state["followed"]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -215,12 +213,6 @@ class ForwardProcessRL(Algorithm):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.old.load_tensors(tensors)
-
-    def unfinished(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.drawing.unfinished(iteration)
-
-    def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.drawing.take_up(tensors, state)
 
 
 class DiffusionNFT(ForwardProcessRL):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.algorithms.base import Algorithm, Context
+from diffalign.algorithms.base import Context
 from diffalign.algorithms.comparing import ComparedPairs, compare, prompts_per_update
-from diffalign.algorithms.drawing import Drawing, Drawn
+from diffalign.algorithms.drawing import Drawing, Drawn, LearnsFromDrawing
 from diffalign.config import SamplerConfig
 from diffalign.config.trajectory_preference import OnlineDPOConfig, OnlineDPORun
 from diffalign.data.prompts import PromptSource, load_prompts
@@ -40,7 +39,7 @@ class DrawnPairBatch:
     weight: float
 
 
-class OnlineDPO(Algorithm):
+class OnlineDPO(LearnsFromDrawing):
     """Samples pictures, pairs those of a prompt by their rewards, and trains on the pairs as offline DPO would.
 
     The reference is the frozen starting point throughout. Pairs of equal reward are left out, unless labels are soft.
@@ -162,17 +161,6 @@ class OnlineDPO(Algorithm):
         x = self.denoiser.schedule.add_noise(x0, noise, t)
         better, worse = self.denoiser.predict(x, t, self.denoiser.encode_prompts(batch.prompts * 2)).chunk(2)
         return better, worse
-
-    # The loop's other questions
-
-    def metrics(self) -> dict[str, float]:
-        return self.drawing.metrics()
-
-    def unfinished(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.drawing.unfinished(iteration)
-
-    def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.drawing.take_up(tensors, state)
 
 
 def open_data(config: OnlineDPORun, reward: RewardMixture | None) -> PromptSource:

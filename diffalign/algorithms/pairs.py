@@ -160,7 +160,7 @@ def draw_timesteps(
             gives each pair a part of its own. antithetic gives every second position T - 1 - t of the one before it.
         draws: each position's own generator, for uniform.
         positions: B places in the run; an update is `update` of them in a row.
-        total: T.
+        total: T, the timesteps to choose from.
         seed: the run's.
     """
     if how == "uniform":

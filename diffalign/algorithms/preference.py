@@ -84,8 +84,9 @@ class DPO(Algorithm):
         x0_w, x0_l = self.train_pairs.latents(indices)
         noise = torch.stack([torch.randn(x0_w.shape[1:], generator=draw) for draw in draws])
         update = size * context.world * self.config.gradient_accumulation
-        total = self.denoiser.schedule.num_timesteps
-        t = draw_timesteps(self.config.timestep_sampling, draws, positions, update, total, context.seed)
+        trained = self.config.trained_timesteps(self.denoiser.schedule.num_timesteps)
+        how = self.config.timestep_sampling
+        t = trained.start + draw_timesteps(how, draws, positions, update, len(trained), context.seed)
         new = self._order.first_seen(step, context.world)
         weight = 1 / self.config.gradient_accumulation
         margin = self._margin(indices) if "margin" in self.entry.extras else None

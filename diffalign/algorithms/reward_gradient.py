@@ -74,11 +74,7 @@ class RewardGradient(Algorithm):
         self._sums = RewardSums(reward.labels)
         self._iteration, self._taken_up = -1, False
         self._metrics: dict[str, float] = {}
-        if config.prompts_per_iteration % context.world:
-            raise ConfigError(
-                f"algorithm.prompts_per_iteration: {config.prompts_per_iteration} prompts cannot be shared "
-                f"evenly by {context.world} processes"
-            )
+        context.share(config.prompts_per_iteration)
         if self.uses_reference and config.kl == "step":
             _require_noise(config, self.sampler)
 

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from diffalign.algorithms.assignment import Assignment
 from diffalign.algorithms.base import Context
-from diffalign.algorithms.experience import SampledBatch
+from diffalign.algorithms.experience import trajectory_from, trajectory_tensors
+from diffalign.algorithms.scored_batches import ScoredBatches
 from diffalign.config.online import TrajectoryRLConfig
-from diffalign.errors import NumericsError
 from diffalign.models.base import Denoiser
-from diffalign.rewards import BackgroundScorer, RewardMixture
+from diffalign.rewards import RewardMixture
 from diffalign.trajectory import Trajectory, Transition, branched_rollout, rollout
 from diffalign.transitions import Sampler
 
 
 class Rollouts:
-    """What this process has sampled of an iteration so far, in `batches`."""
+    """What this process has sampled of an iteration so far."""
 
     def __init__(
         self,
@@ -30,10 +30,11 @@ class Rollouts:
         reward: RewardMixture,
         context: Context,
     ) -> None:
-        self.config, self.sampler, self.denoiser, self.reward, self.context = (
-            config, sampler, denoiser, reward, context,
+        self.config, self.sampler, self.denoiser, self.context = config, sampler, denoiser, context
+        self._batches = ScoredBatches(
+            reward, denoiser, context,
+            size=config.sample_batch_size, trajectories=True, in_background=config.score_in_background,
         )  # fmt: skip
-        self.batches: list[SampledBatch] = []
 
     @property
     def work_saved(self) -> float:
@@ -46,33 +47,12 @@ class Rollouts:
         Raises:
             NumericsError: a score that is not finite, with prompts and seeds as evidence.
         """
-        meter, size = self.context.meter, self.config.sample_batch_size
-        try:
-            with BackgroundScorer(self.reward, self.denoiser.device) as scorer:
-                for number, start in enumerate(range(0, len(assignment.prompts), size)):
-                    rows = slice(start, start + size)
-                    self.context.poll()
-                    with meter.phase("sampling"), torch.no_grad():
-                        if number == len(self.batches):
-                            self.batches.append(SampledBatch(self._trajectory(assignment, rows)))
-                        batch = self.batches[number]
-                        if batch.components is not None:
-                            continue
-                        pictures = self.denoiser.decode(batch.trajectory.final)
-                    batch.future = scorer.submit(pictures, assignment.prompts[rows])
-                    if not self.config.score_in_background:
-                        self._wait_for_scores(assignment)
-                self._wait_for_scores(assignment)
-        finally:
-            for batch in self.batches:
-                batch.note_scores()
-        self.reward.offload()
-        parts = [batch.components for batch in self.batches if batch.components is not None]
-        components = {
-            label: torch.cat([part[label] for part in parts]).to(self.denoiser.device)
-            for label in self.reward.labels
-        }
-        return Trajectory.concatenate([batch.trajectory for batch in self.batches]), components
+        sampled, components = self._batches.sample(
+            assignment.prompts,
+            assignment.seeds,
+            lambda rows: trajectory_tensors(self._trajectory(assignment, rows)),
+        )
+        return trajectory_from(self.sampler, sampled, self.denoiser.device), components
 
     def _trajectory(self, assignment: Assignment, rows: slice) -> Trajectory:
         noisy = None if assignment.noisy is None else assignment.noisy[:, rows]
@@ -91,36 +71,21 @@ class Rollouts:
             group_seeds=assignment.group_seeds[groups], shared_steps=config.shared_steps, **common,
         )  # fmt: skip
 
-    def _wait_for_scores(self, assignment: Assignment) -> None:
-        """Until every batch is scored; a score that is not finite carries the prompts and seeds of its batch."""
-        size = self.config.sample_batch_size
-        with self.context.meter.phase("reward"):
-            for number, batch in enumerate(self.batches):
-                self.context.poll()
-                rows = slice(number * size, (number + 1) * size)
-                try:
-                    if batch.future is not None:
-                        batch.future.result()
-                except NumericsError as error:
-                    error.evidence = {"prompts": assignment.prompts[rows], "seeds": assignment.seeds[rows]}
-                    raise
-                batch.note_scores()
-                batch.future = None
-
     # What is kept when a run is told to stop while sampling
 
+    def __len__(self) -> int:
+        """How many batches there are so far."""
+        return len(self._batches)
+
+    def clear(self) -> None:
+        self._batches.clear()
+
     def tensors(self) -> dict[str, Tensor]:
-        """The batches so far, by number and name; `take_up` is the way back."""
-        return {
-            f"{number}.{name}": tensor
-            for number, batch in enumerate(self.batches)
-            for name, tensor in batch.tensors().items()
-        }
+        """The batches so far; `take_up` is the way back."""
+        return self._batches.tensors()
 
     def take_up(self, tensors: dict[str, Tensor], count: int) -> None:
         """Go on from `count` batches that `tensors` gave."""
-        self.batches = []
-        for number in range(count):
-            prefix = f"{number}."
-            mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            self.batches.append(SampledBatch.from_tensors(self.sampler, mine, self.denoiser.device))
+        device = self.denoiser.device
+        here = {name: t if name.endswith("noisy") else t.to(device) for name, t in tensors.items()}
+        self._batches.take_up(here, count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,27 @@ def distance_in_groups(final: Tensor, group_size: int) -> Tensor:
     groups = final.float().flatten(1).view(-1, group_size, final[0].numel())
     distances = torch.cdist(groups, groups, compute_mode="donot_use_mm_for_euclid_dist")
     return (distances.sum(dim=2) / (group_size - 1)).flatten()
+
+
+class GroupDiversity:
+    """Mean distance inside groups, as a share of the first iteration's: what the diversity guard watches."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def start(self, distance: float) -> None:
+        """The mean of `distance_in_groups` over all pictures of an iteration; the first is what counts as 1."""
+        if self._first is None:
+            self._first = distance
+
+    def metrics(self, distance: float | None) -> dict[str, float]:
+        """`diversity/within_group`; nothing without groups, or where the first had no spread."""
+        if distance is None or not self._first:
+            return {}
+        return {"diversity/within_group": distance / self._first}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first_distance": self._first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._first = state.get("first_distance")

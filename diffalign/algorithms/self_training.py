@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
-from diffalign.algorithms.base import Algorithm, Context
-from diffalign.algorithms.drawing import Drawing, Drawn
+from diffalign.algorithms.base import Context
+from diffalign.algorithms.drawing import Drawing, Drawn, LearnsFromDrawing
 from diffalign.algorithms.points import PointBatch, Points
 from diffalign.config.supervised import SelfTrainingConfig
 from diffalign.data.order import batch_indices, batch_positions, first_seen
@@ -67,7 +66,7 @@ class WeightedPool:
         )
 
 
-class SelfTraining(Algorithm):
+class SelfTraining(LearnsFromDrawing):
     """Draw pictures with the present policy, weigh them by their rewards, fit them by the denoising loss.
 
     Args:
@@ -129,9 +128,3 @@ class SelfTraining(Algorithm):
     def metrics(self) -> dict[str, float]:
         """Rewards of the pictures drawn, and of those learned from (`reward/weighted`: their weighted mean)."""
         return dict(self._metrics)
-
-    def unfinished(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.drawing.unfinished(iteration)
-
-    def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.drawing.take_up(tensors, state)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.algorithms.base import Algorithm, Context
+from diffalign.algorithms.base import Context
 from diffalign.algorithms.comparing import compare, prompts_per_update
+from diffalign.algorithms.drawing import LearnsFromDrawing
 from diffalign.algorithms.trajectory_drawing import TrajectoryDrawing
 from diffalign.config import SamplerConfig
 from diffalign.config.trajectory_preference import D3POConfig, D3PORun, PRDPConfig, PRDPRun
@@ -71,7 +72,7 @@ class _Weighed:
     slopes: Tensor
 
 
-class TrajectoryPreference(Algorithm):
+class TrajectoryPreference(LearnsFromDrawing):
     """Makes the trajectories of better pictures more probable than those of worse ones of the same prompt.
 
     A loss on whole trajectories needs all their steps at once, and memory has room for a few. It depends on them
@@ -92,7 +93,9 @@ class TrajectoryPreference(Algorithm):
     ) -> None:
         self.config, self.denoiser, self.context = config, denoiser, context
         self._prompts_per_update = prompts_per_update(config, context)
-        self.drawing = TrajectoryDrawing(config, sampler, denoiser, prompts, reward, context)
+        self.drawing: TrajectoryDrawing = TrajectoryDrawing(
+            config, sampler, denoiser, prompts, reward, context
+        )
         self.steps = trained_steps(self.drawing.sampler, config.timestep_range)
         self._compared: _Compared | None = None
         self._weighed: _Weighed | None = None
@@ -229,17 +232,14 @@ class TrajectoryPreference(Algorithm):
 
     # The loop's other questions
 
-    def metrics(self) -> dict[str, float]:
-        return self.drawing.metrics()
-
     def unfinished(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        found = self.drawing.unfinished(iteration)
+        found = super().unfinished(iteration)
         if found is None or self._reference is None:
             return found
         return {**found[0], "reference": self._reference}, found[1]
 
     def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.drawing.take_up(tensors, state)
+        super().take_up(tensors, state)
         reference = tensors.get("reference")
         self._reference_taken_up = None if reference is None else reference.to(self.denoiser.device)
 

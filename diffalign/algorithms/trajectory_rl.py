@@ -20,7 +20,7 @@ from diffalign.algorithms.experience import (
 )
 from diffalign.algorithms.ratio_check import check_ratio
 from diffalign.algorithms.rollouts import Rollouts
-from diffalign.algorithms.sample_metrics import distance_in_groups, reward_metrics
+from diffalign.algorithms.sample_metrics import GroupDiversity, distance_in_groups, reward_metrics
 from diffalign.config import SamplerConfig
 from diffalign.config.online import TrajectoryRLConfig
 from diffalign.data.prompts import PromptSource
@@ -63,9 +63,9 @@ class OnlineRL(Algorithm):
         self._iteration = -1  # of `experience`, or of the batches sampled so far
         self._taken_up = False
         self._metrics: dict[str, float] = {}
-        self._first_distance: float | None = None  # inside the groups of the first iteration
+        self._diversity = GroupDiversity()
         self.ratio_error: float | None = None
-        _require_even_shares(config, context.world)
+        _require_even_shares(config, context)
         if config.shared_steps:
             context.say(
                 f"groups share their first {config.shared_steps} of {len(self.sampler)} steps: "
@@ -76,14 +76,15 @@ class OnlineRL(Algorithm):
 
     def updates(self, iteration: int) -> Iterator[list[StepBatch]]:
         if not self._taken_up:
-            self._rollouts.batches = []
+            self._rollouts.clear()
         if not self._taken_up or self.experience is None:
             self.experience, self._iteration, self._metrics = None, iteration, {}
             self.experience = self._sample(iteration)
             if self.ratio_error is None:
                 with self.context.meter.phase("ratio check"):
                     self.ratio_error = self._check_ratio(self.experience)
-        self._taken_up, self._rollouts.batches = False, []
+        self._taken_up = False
+        self._rollouts.clear()
         for epoch in range(self.config.inner_epochs):
             yield from minibatches(self.experience, self.config, self.context, iteration, epoch)
 
@@ -160,10 +161,8 @@ class OnlineRL(Algorithm):
             metrics["sampling/work_saved"] = self._rollouts.work_saved
         if self.config.group_size > 1:
             distance = float(self._gather(distance_in_groups(final, self.config.group_size)).mean())
-            if self._first_distance is None:
-                self._first_distance = distance
-            if self._first_distance:
-                metrics["diversity/within_group"] = distance / self._first_distance
+            self._diversity.start(distance)
+            metrics |= self._diversity.metrics(distance)
         return metrics
 
     # Learning
@@ -220,16 +219,16 @@ class OnlineRL(Algorithm):
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompt_statistics": self.statistics.state_dict(), "first_distance": self._first_distance}
+        return {"prompt_statistics": self.statistics.state_dict(), **self._diversity.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.statistics.load_state_dict(state["prompt_statistics"])
-        self._first_distance = state.get("first_distance")
+        self._diversity.load_state_dict(state)
 
     def unfinished(self, iteration: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self._iteration != iteration:
             return None
-        state = {"iteration": iteration, "metrics": self._metrics, "batches": len(self._rollouts.batches)}
+        state = {"iteration": iteration, "metrics": self._metrics, "batches": len(self._rollouts)}
         if self.experience is not None:
             return {
                 **trajectory_tensors(self.experience.trajectory),
@@ -258,17 +257,12 @@ class OnlineRL(Algorithm):
         self._metrics = dict(state["metrics"])
 
 
-def _require_even_shares(config: TrajectoryRLConfig, world: int) -> None:
-    if config.prompts_per_iteration % world:
-        raise ConfigError(
-            f"algorithm.prompts_per_iteration: {config.prompts_per_iteration} prompts cannot be shared "
-            f"evenly by {world} processes"
-        )
-    share = config.prompts_per_iteration * config.group_size // world
+def _require_even_shares(config: TrajectoryRLConfig, context: Context) -> None:
+    share = context.share(config.prompts_per_iteration) * config.group_size
     if share % config.updates_per_epoch:
         raise ConfigError(
             f"algorithm.updates_per_epoch: {config.updates_per_epoch} does not divide the {share} pictures that "
-            f"each of {world} processes samples"
+            f"each of {context.world} processes samples"
         )
 
 

@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from diffalign.config.test_time import Alignment
 
 EXAMPLE = "best-of-n:n=8,reward=shapes"
+NEGATIVE = "negative:"
+"""CHECKPOINT+negative:PATH is guided away from what PATH predicts without a prompt."""
+
+
+def split_negative(path: str) -> tuple[str, str | None]:
+    """(checkpoint, negative) of CHECKPOINT+negative:PATH; a path that exists is a checkpoint, whatever its name."""
+    own, found, negative = path.partition(f"+{NEGATIVE}")
+    return (path, None) if not found or Path(path).expanduser().exists() else (own, negative)
 
 
 def split_alignment(path: str) -> tuple[str, str | None]:
     """(checkpoint, alignment) of CHECKPOINT+METHOD:...; a path that exists is a checkpoint, whatever its name."""
-    found = re.search(r"\+(?=[\w-]+(:|$))", path)
+    found = re.search(rf"\+(?!{NEGATIVE})(?=[\w-]+(:|$))", path)
     if found is None or Path(path).expanduser().exists():
         return path, None
     return path[: found.start()], path[found.end() :]

@@ -108,14 +108,16 @@ def run_behind(checkpoints: Sequence[str]) -> Run | None:
         DataError: a bundled: path that there is not.
     """
     from diffalign.assets import list_configs, resolve
+    from diffalign.cli.alignment_args import split_negative
     from diffalign.config_file import load_config
 
-    for checkpoint in checkpoints:
-        folder = resolve(checkpoint)
+    paths = [split_negative(checkpoint)[0] for checkpoint in checkpoints]
+    for path in paths:
+        folder = resolve(path)
         folder = folder.parent if folder.name == "final" else folder
         if (folder / "config.yaml").is_file() and (folder / "final").is_dir():
             return load_config(folder / "config.yaml")
-    shipped = [BUNDLED_WORLD[path] for path in checkpoints if BUNDLED_WORLD.get(path) in list_configs()]
+    shipped = [BUNDLED_WORLD[path] for path in paths if BUNDLED_WORLD.get(path) in list_configs()]
     return load_config(shipped[0]) if shipped else None
 
 

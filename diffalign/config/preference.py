@@ -31,6 +31,9 @@ class DPOConfig(AlgorithmConfig):
     timestep_sampling: Literal["uniform", "stratified", "antithetic"] = "uniform"
     """uniform: independently per pair. stratified: each update spreads its pairs over equal parts of the schedule.
     antithetic: every second pair has the mirror image, T - 1 - t, of the one before."""
+    timestep_range: tuple[Share, Share] = (0.0, 1.0)
+    """Part of the schedule that is trained on: 0 is the noise, 1 the picture. [0, 0.75] leaves out the least noisy
+    quarter, where a loss learns the fine texture of the pairs' pictures rather than what is in them."""
     ties: Literal["drop", "soft"] = "drop"
     """Pairs labelled 0.5: leave them out, or train on them with preference probability 0.5."""
     validation_every: Annotated[int, Field(ge=0)] = 50
@@ -43,9 +46,18 @@ class DPOConfig(AlgorithmConfig):
         """The table's line of `loss`."""
         return PAIR_LOSSES[self.loss]
 
+    def trained_timesteps(self, total: int) -> range:
+        """The timesteps of `total` that are trained on, at least one."""
+        first, last = (total - round(share * total) for share in reversed(self.timestep_range))
+        return range(min(first, total - 1), max(first + 1, last))
+
     @model_validator(mode="after")
     def _fits_its_loss(self) -> DPOConfig:
         found = list(problems(self.loss, self.beta, self.loss_options))
+        if not self.timestep_range[0] < self.timestep_range[1]:
+            found.append(
+                f"timestep_range: {list(self.timestep_range)} is empty; the first must be below the second"
+            )
         entry = PAIR_LOSSES.get(self.loss)
         if entry is not None and self.ties == "soft" and "probability" not in entry.extras:
             found.append(f"ties: {self.loss} does not know soft labels; leave ties out (drop)")

@@ -6,11 +6,13 @@ and inside an iteration in `Trainer.part` of each process. It can be told to sto
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -88,7 +90,7 @@ class Trainer:
             self.processes.poll()
             metrics = self._run_iteration(self.iteration)
             metrics |= self.algorithm.validate(self.iteration + 1)
-            self.processes.wait()  # so that no process is an iteration ahead where they are told to stop
+            metrics = self._over_processes(metrics)
             self.iteration, self.at = self.iteration + 1, Position()
             on_iteration(self.iteration, metrics)
 
@@ -111,6 +113,15 @@ class Trainer:
         means = {f"train/{name}": value / counted for name, value in self.at.sums.items()}
         means["train/learning_rate"] = self.config.learning_rate * factor
         return means | self.algorithm.metrics()
+
+    def _over_processes(self, metrics: Metrics) -> Metrics:
+        """The mean of each figure over the processes that have it.
+
+        It is a meeting, so that no process is an iteration ahead where they are told to stop.
+        """
+        parts: list[Metrics] = [json.loads(part) for part in self.processes.meet(json.dumps(metrics))]
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: fmean(part[name] for part in parts if name in part) for name in names}
 
     def _updates(self, iteration: int) -> Iterator[Sequence[Any]]:
         """The algorithm's; none any more after samples that cannot be learned from."""

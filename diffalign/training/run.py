@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.algorithms.base import Context, Meter
+from diffalign.algorithms.base import Algorithm, Context, KeepsTensors, Meter
 from diffalign.algorithms.table import implementation
 from diffalign.config import OnlineRun, Run
 from diffalign.data.prompts import load_prompts
@@ -136,6 +136,7 @@ class _Run:
             self.progress.begin("preparing", 1)
             self.folder.require_space(_space_needed(config, denoiser))
             algorithm = method.build(config, data, denoiser, reward, self.context)
+            self.folder.require_space(_space_needed(config, denoiser, algorithm))
             processes.wait()  # until all have found nothing wrong
             if processes.is_main:
                 self.folder.create(config)
@@ -334,10 +335,13 @@ class _Run:
         return summary
 
 
-def _space_needed(config: Run, denoiser: DiffusersDenoiser) -> int:
-    """Bytes: per checkpoint the weights, two moments and the average; `final/` once; a little for the rest."""
+def _space_needed(config: Run, denoiser: DiffusersDenoiser, algorithm: Algorithm | None = None) -> int:
+    """Bytes: per checkpoint the weights, two moments, the average and what the algorithm keeps (an old policy, say);
+    `final/` once; a little for the rest."""
     trainable = 4 * sum(p.numel() for p in denoiser.trainable_parameters().values())
     per_checkpoint = trainable * (4 if config.training.ema_decay is not None else 3)
+    if isinstance(algorithm, KeepsTensors):
+        per_checkpoint += sum(tensor.nbytes for tensor in algorithm.tensors().values())
     final = trainable
     if config.model.lora is None:
         final = 4 * sum(p.numel() for network in denoiser.networks().values() for p in network.parameters())

@@ -19,6 +19,7 @@ examples:
   diffalign compare runs/ddpo --votes votes.json
   diffalign compare base=bundled:tiny-sd best=bundled:tiny-sd+best-of-n:n=8,reward=shapes \\
       --prompts bundled:prompts/shapes_eval.txt --rewards shapes,shapes_accuracy
+  diffalign compare base=bundled:tiny-sd npo=bundled:tiny-sd+negative:runs/npo --guidance-scale 2
 """
 
 from __future__ import annotations
@@ -285,16 +286,19 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _name_and_path(entry: str) -> tuple[str, str]:
-    from diffalign.cli.alignment_args import split_alignment
+    from diffalign.cli.alignment_args import split_alignment, split_negative
 
     name, equals, path = entry.partition("=")
     if equals and path and re.fullmatch(r"[\w.+-]+", name) and not Path(entry).exists():
         return name, path
     path, alignment = split_alignment(entry)
+    path, negative = split_negative(path)
     parts = [part for part in re.split(r"[/\\:]", path) if part not in ("", ".", "..", "~")]
     if len(parts) > 1 and parts[-1] == "final":
         parts.pop()
     last = parts[-1].removesuffix(".safetensors") if parts else path
+    if negative is not None:
+        last += "+negative"
     if alignment is not None:
         last += "+" + alignment.partition(":")[0]
     return re.sub(r"[^\w.+-]+", "-", last), entry

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffalign.cli.alignment_args import split_negative
 from diffalign.config import SamplerConfig
 from diffalign.config.sizes import Resolution, Size, as_resolution, in_words
 from diffalign.config.test_time import Alignment
@@ -13,7 +14,7 @@ from diffalign.errors import CheckpointError
 from diffalign.images import to_pil
 from diffalign.models.base import Denoiser
 from diffalign.picture_folder import PictureSpec
-from diffalign.sampling import generate
+from diffalign.sampling import generate, guide_away_from
 from diffalign.test_time.aligner import Aligner
 from diffalign.training.policies import load_policy
 from diffalign_eval.shards import Shards
@@ -46,15 +47,23 @@ class Drawing:
     mixed_precision: str = "no"
     resolution: Resolution | None = None
 
-    def load(self, path: str, device: str) -> Denoiser:
-        return load_policy(
-            path, device=device, mixed_precision=self.mixed_precision, resolution=self.resolution
-        )
+    def load(self, path: str, device: str, mixed_precision: str | None = None) -> Denoiser:
+        """A checkpoint, or CHECKPOINT+negative:PATH."""
+        precision = self.mixed_precision if mixed_precision is None else mixed_precision
+
+        def load(one: str) -> Denoiser:
+            return load_policy(one, device=device, mixed_precision=precision, resolution=self.resolution)
+
+        own, negative = split_negative(path)
+        denoiser = load(own)
+        if negative is not None:
+            guide_away_from(denoiser, load(negative), self.sampler)
+        return denoiser
 
 
 def inspect(name: str, path: str, drawing: Drawing, alignment: Alignment | None = None) -> Source:
     """Load a checkpoint once on the CPU, before hours go into pictures of others. Raises CheckpointError."""
-    denoiser = load_policy(path, device="cpu", resolution=drawing.resolution)
+    denoiser = drawing.load(path, "cpu", "no")
     mark = denoiser.fingerprint()
     options = drawing.sampler.model_dump()
     denoiser.make_sampler(drawing.sampler)

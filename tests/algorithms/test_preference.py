@@ -115,3 +115,13 @@ def test_cached_and_fresh_latents_are_the_same(pairs_file, make_denoiser):
     a, b = first_batch(cached), first_batch(fresh)
     assert_close(a.x0_w, b.x0_w, atol=1e-5, rtol=1e-5)
     assert_close(a.x0_l, b.x0_l, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
+def test_only_the_chosen_part_of_the_schedule_is_trained_on(pairs_file, make_denoiser, how):
+    algorithm = make(pairs_file, make_denoiser(), timestep_range=(0.2, 0.5), timestep_sampling=how)
+    t = torch.cat([first_batch(algorithm, iteration).t for iteration in range(20)])
+    total = algorithm.denoiser.schedule.num_timesteps
+    assert int(t.min()) >= total // 2
+    assert int(t.max()) < total * 4 // 5
+    assert len(t.unique()) > 10

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffalign.algorithms.pairs import TimestepBins, draw_timesteps
+from diffalign.config.preference import DPOConfig
 from diffalign.seeding import generator
 
 TOTAL = 1000
@@ -43,6 +44,24 @@ def test_all_timesteps_are_as_likely(how):
     assert TOTAL - 10 <= int(t.max()) < TOTAL
     # uniform on 0..999: mean 499.5, standard deviation 288.7 (stratified and antithetic means spread less)
     assert abs(float(t.double().mean()) - 499.5) < 4 * 288.7 / 4000**0.5
+
+
+@pytest.mark.parametrize(
+    ("part", "timesteps"),
+    [
+        ((0.0, 1.0), range(1000)),
+        ((0.0, 0.75), range(250, 1000)),  # 0 is the noise: the least noisy quarter is left out
+        ((0.5, 0.6), range(400, 500)),
+        ((0.9999, 1.0), range(1)),
+    ],
+)
+def test_a_range_counts_from_the_noise(part, timesteps):
+    assert DPOConfig(timestep_range=part).trained_timesteps(1000) == timesteps
+
+
+def test_an_empty_range_is_refused():
+    with pytest.raises(ValueError, match="the first must be below the second"):
+        DPOConfig(timestep_range=(0.5, 0.5))
 
 
 def test_an_update_larger_than_the_schedule_is_spread_over_it():

@@ -218,7 +218,8 @@ def test_what_the_hub_refuses_is_one_screen_with_the_command_to_run_again(hub, r
     words = ["push", str(run / "final"), "someone/it", "--private", "--message", "it's"]
     assert main(words) == 8
     shown = capsys.readouterr().err
-    error = shown[shown.index("error: ") :]  # after the client's bars, which the command line itself switches off
+    # Before it are the client's bars, which the command line itself switches off.
+    error = shown[shown.index("error: ") :]
     assert error.startswith(f"error: {what}\n")
     again = error.rstrip().splitlines()[-1].strip()
     assert again == f"""then again: diffalign push '{run}/final' someone/it --private --message 'it'"'"'s'"""

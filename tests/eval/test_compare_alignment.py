@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from diffalign_eval.aligned import unspent
 from diffalign_eval.command import named_checkpoints
 from diffalign_eval.store import Store, picture_key
+from safetensors.torch import load_file, save_file
 
 from diffalign.cli import main
-from diffalign.cli.alignment_args import parse_alignment
+from diffalign.cli.alignment_args import parse_alignment, split_alignment, split_negative
 from diffalign.config import RewardConfig
 
 REWARDS = """\
@@ -137,3 +139,33 @@ def test_a_reward_with_other_options_is_another_reward():
     aligned = {"x": parse_alignment("best-of-n:reward=clip,clip.checkpoint=bundled:clip")}
     assert unspent(rewards, {}, aligned) == ["large", "shapes"]
     assert unspent(rewards, {}, {}) == []  # as before: only rewards that a run watched
+
+
+def test_a_negative_belongs_to_its_checkpoint_and_can_be_aligned_too():
+    negative = "bundled:tiny-sd+negative:runs/npo"
+    assert split_negative(negative) == ("bundled:tiny-sd", "runs/npo")
+    assert split_negative("runs/a+b") == ("runs/a+b", None)
+    assert split_alignment(negative) == (negative, None)
+    assert split_alignment(f"{negative}+{BEST}") == (negative, BEST)
+    assert list(named_checkpoints([negative, f"{negative}+{BEST}"])) == [
+        "tiny-sd+negative",
+        "tiny-sd+negative+best-of-n",
+    ]
+
+
+def test_a_checkpoint_guided_by_a_negative_draws_other_pictures(
+    folder: Path, tiny_pipeline_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = folder / "other"
+    shutil.copytree(tiny_pipeline_dir, other)
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    words = ["compare", f"base={tiny_pipeline_dir}", f"npo={tiny_pipeline_dir}+negative:other", *BOTH, *QUICK]
+    assert main(words) == 0
+    found = json.loads(Path("runs/compare/comparison.json").read_text())
+    base, npo = found["checkpoints"]
+    assert npo["fingerprint"] != base["fingerprint"]
+    (entry, *_) = found["results"]["prompts"]
+    assert entry["pairs"][0]["difference"]["mean"] != 0
+    assert main([*words, "--guidance-scale", "1", "--output-dir", "runs/other"]) == 2
+    assert "a negative model has no effect at guidance scale 1" in capsys.readouterr().err

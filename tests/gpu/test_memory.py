@@ -93,7 +93,9 @@ def test_a_rounded_layer_takes_an_eighth_or_a_quarter_of_float32_also_in_trainin
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_dpo_loss_over_a_rounded_network_is_ln_2(kind: str, precision: str, tiny_pipeline_dir: Path):
+def test_the_first_dpo_loss_over_a_rounded_network_is_ln_2(
+    kind: str, precision: str, tiny_pipeline_dir: Path
+):
     pytest.importorskip("bitsandbytes")
     denoiser = make(tiny_pipeline_dir, precision, quantization=kind)
     conditioning, x = denoiser.encode_prompts(["a", "b"]), X.to(CUDA)

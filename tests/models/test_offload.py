@@ -86,7 +86,9 @@ def test_encoders_are_lent_for_new_prompts_only(make_denoiser: DenoiserFactory):
     encoder = denoiser.encoders["text_encoder"]
     own = {id(p) for p in encoder.parameters()}
     lent: list[bool] = []
-    encoder.register_forward_pre_hook(lambda module, _: lent.append(not own & {id(p) for p in module.parameters()}))
+    encoder.register_forward_pre_hook(
+        lambda module, _: lent.append(not own & {id(p) for p in module.parameters()})
+    )
     for prompts in (PROMPTS, PROMPTS[:1], ["something new"]):
         denoiser.encode_prompts(prompts)
     assert lent == [True, True]

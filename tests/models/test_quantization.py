@@ -104,9 +104,15 @@ def test_under_autocast_it_computes_and_answers_in_its_type_as_any_linear_layer(
 @pytest.mark.parametrize(
     ("build", "whole"),
     [
-        (tiny_pipeline, ["conv_in", "time_embedding.linear_1", "conv_out", "down_blocks.0.attentions.0.proj_in"]),
+        (
+            tiny_pipeline,
+            ["conv_in", "time_embedding.linear_1", "conv_out", "down_blocks.0.attentions.0.proj_in"],
+        ),
         (tiny_sdxl, ["conv_in", "time_embedding.linear_1", "add_embedding.linear_1", "conv_out"]),
-        (tiny_sd3, ["time_text_embed.timestep_embedder.linear_1", "context_embedder", "norm_out.linear", "proj_out"]),
+        (
+            tiny_sd3,
+            ["time_text_embed.timestep_embedder.linear_1", "context_embedder", "norm_out.linear", "proj_out"],
+        ),
         (tiny_flux, ["x_embedder", "context_embedder", "norm_out.linear", "proj_out"]),
     ],
     ids=["sd", "sdxl", "sd3", "flux"],

@@ -34,7 +34,7 @@ def test_two_processes_with_half_the_batch_make_the_run_of_one(data, tiny_pipeli
         "half": (2, {"batch_size": 4}),
         "quarter": (2, {"batch_size": 2, "gradient_accumulation": 2}),
     }
-    weights, points = {}, {}
+    weights, points, losses = {}, {}, {}
     for name, (count, algorithm) in shapes.items():
         folder = tmp_path / name
         codes = train(make(data, tiny_pipeline_dir, **algorithm), folder, count)
@@ -43,8 +43,10 @@ def test_two_processes_with_half_the_batch_make_the_run_of_one(data, tiny_pipeli
         weights[name] = torch.cat([tensors[key].flatten() for key in sorted(tensors) if "lora_B" in key])
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         points[name] = [json.loads(line)["train/reference_point"] for line in lines]
+        losses[name] = [json.loads(line)["train/loss"] for line in lines]
     assert max(points["whole"]) > 0.1, points
     for name in ("half", "quarter"):
         assert points[name] == pytest.approx(points["whole"], rel=1e-2, abs=1e-4)
+        assert losses[name] == pytest.approx(losses["whole"], rel=1e-3)  # of all processes, not of the first
         difference = (weights[name] - weights["whole"]).norm() / weights["whole"].norm()  # B began at 0
         assert float(difference) < 1e-3
