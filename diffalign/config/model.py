@@ -33,8 +33,8 @@ class ModelConfig(Options):
     adapters: list[AdapterConfig] = []
     """LoRAs that there are already, in the order in which they are added."""
     train_text_encoder: bool = False
-    """Train the CLIP text encoders too (by LoRA or in full, as the denoising network). T5, Gemma and Qwen always stay as
-    they are."""
+    """Train the CLIP text encoders too (by LoRA or in full, as the denoising network). T5, Gemma and Qwen always stay
+    as they are."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage and compute type of the VAE, apart from the rest."""
     vae_slicing: bool = False

@@ -20,7 +20,7 @@ class TrainingConfig(Options):
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
     """Iterations of linear warm-up."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps the moments of weights of 4,096 numbers or more in 8 bits: about 2 bytes a number instead of 8. It
+    """adamw8bit keeps the moments of weights of 4,096 numbers or more in 8 bits, 2 bytes a number instead of 8. It
     needs bitsandbytes (pip install 'diffalign[quantization]')."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's averaging constants."""

@@ -1,4 +1,4 @@
-"""Frozen networks that lie on the CPU and compute elsewhere, with copies of their weights that last as long as needed."""
+"""Frozen networks that lie on the CPU and compute elsewhere, with copies of their weights for as long as needed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A frozen denoising network in 8 or 4 bits, under LoRA: the linear layers of its blocks, which hold most of it.
 
-A quantised weight is dequantised in the forward pass and once more in the backward pass, so that autograd never keeps it
-in full; in between, a product is what it is without quantisation, in sampling and in training alike (the importance
-ratio of a policy gradient stays 1). bitsandbytes' and torchao's own layers are not used: the former take other kernels
-without gradient than with it, the latter keep the dequantised weights for the backward pass.
+A quantised weight is dequantised in the forward pass and once more in the backward pass, so that autograd never keeps
+it in full; in between, a product is what it is without quantisation, in sampling and in training alike (the
+importance ratio of a policy gradient stays 1). bitsandbytes' and torchao's own layers are not used: the former take
+other kernels without gradient than with it, the latter keep the dequantised weights for the backward pass.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over float32 `parameters`, which live on `device`.
 
-    adamw8bit (Dettmers et al. 2022, arXiv:2110.02861) works in the order in which a weight lies in memory, so that every
-    one is made contiguous.
+    adamw8bit (Dettmers et al. 2022, arXiv:2110.02861) works in the order in which a weight lies in memory, so that
+    every one is made contiguous.
 
     Raises:
         DeviceError: adamw8bit without bitsandbytes.

@@ -1,4 +1,4 @@
-"""Options against running out of memory do what they say, in every family: checkpointing, attention, tiles, compiling."""
+"""Options against running out of memory do what they say in each family: checkpointing, attention, tiles, compiling."""
 
 from __future__ import annotations
 

@@ -45,10 +45,12 @@ def test_a_lent_network_has_its_own_tensors_back_also_after_an_error():
     network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     network[0].bias = network[1].bias  # tied
     before = [id(tensor) for tensor in [*network.parameters(), *network.buffers()]]
-    with pytest.raises(KeyError), on_device([network], torch.device("cpu"), lent=True):
-        assert network[0].bias is network[1].bias
-        assert not {id(p) for p in network.parameters()} & set(before)
-        raise KeyError
+    lent = on_device([network], torch.device("cpu"), lent=True)
+    lent.__enter__()
+    assert network[0].bias is network[1].bias
+    assert not {id(p) for p in network.parameters()} & set(before)
+    error = KeyError("amid the loan")
+    assert not lent.__exit__(KeyError, error, None)
     assert [id(tensor) for tensor in [*network.parameters(), *network.buffers()]] == before
 
 

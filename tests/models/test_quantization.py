@@ -170,8 +170,8 @@ def test_a_run_over_a_rounded_network_is_sampled_as_it_was_trained_and_exported_
     (tmp_path / "run").mkdir()
     denoiser.export(tmp_path / "run" / "final")
     (tmp_path / "run" / "config.yaml").write_text(
-        f"algorithm: {{name: sft}}\nmodel: {{path: {tiny_pipeline_dir}, resolution: {SIDE}, quantization: {SMALLEST}}}\n"
-        "data: {path: unused}\n"
+        f"model: {{path: {tiny_pipeline_dir}, resolution: {SIDE}, quantization: {SMALLEST}}}\n"
+        "algorithm: {name: sft}\ndata: {path: unused}\n"
     )
     loaded = load_for_inference(str(tmp_path / "run"), device="cpu")
     ours = sampled(denoiser, DIFFUSION)

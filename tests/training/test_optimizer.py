@@ -85,6 +85,6 @@ def test_moments_in_8_bits_follow_adamw_at_a_quarter_of_their_size_and_resume_bi
 
 def test_without_bitsandbytes_adamw8bit_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(DeviceError, match="training.optimizer: adamw8bit needs bitsandbytes") as caught:
+    with pytest.raises(DeviceError, match=r"training\.optimizer: adamw8bit needs bitsandbytes") as caught:
         make(1)
     assert "pip install 'diffalign[quantization]'" in caught.value.render()
