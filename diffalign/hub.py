@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffalign import __version__
 from diffalign.errors import ConfigError, DiffalignError, StorageError
-from diffalign.model_card import CARD, find_result
+from diffalign.model_card import CARD, find_result, write_card
 from diffalign.redaction import REDACTED, redact
 
 HIDDEN = (".*", "*/.*")
@@ -41,22 +42,52 @@ def plan_push(folder: Path, repository: str) -> Push:
     Raises:
         ConfigError: `folder` is no result, or `repository` no name of the hub.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     _require_result(folder)
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ConfigError(
-            f"{repository} is not a name of the hub", why=_first_line(error), hint="for example me/my-model"
-        ) from error
+    require_name(repository)
     files = sorted(
         (file.relative_to(folder).as_posix(), file.stat().st_size)
         for file in folder.rglob("*")
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     return Push(folder, repository, tuple(files))
+
+
+def require_name(repository: str) -> None:
+    """Raise ConfigError for what is no name of a repository on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{repository} is not a name of the hub", why=_first_line(error), hint="for example me/my-model"
+        ) from error
+
+
+@contextmanager
+def as_folder(path: Path, run: Path | None = None) -> Iterator[Path]:
+    """`path`; of one .safetensors file a temporary folder with it, and with a model card where its `run` is given.
+
+    Raises:
+        ConfigError: a file that is no result, or a run that has not finished.
+    """
+    if not path.is_file():
+        if run is not None:
+            raise ConfigError(
+                "--run is for one file: a folder has its own model card", hint="leave --run out"
+            )
+        yield path
+        return
+    if path.suffix != ".safetensors" or (path.parent / "manifest.json").is_file():
+        raise ConfigError(f"{path} is not an exported .safetensors file", hint="diffalign export writes one")
+    with TemporaryDirectory(prefix="diffalign-push-") as place:
+        folder = Path(place) / path.stem
+        folder.mkdir()
+        (folder / path.name).symlink_to(path.resolve())
+        if run is not None:
+            write_card(folder, run)
+        yield folder
 
 
 def push(

@@ -23,10 +23,13 @@ ORIGINS = "origins.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 READ_AT_MOST = 16 * 2**30
 """Bytes of a data set that are read for its hash; a larger one is known by the names and sizes of its files."""
+OPEN_AT_MOST = 20_000
+"""Files of a data set that are, likewise."""
 OUR_LICENCE = "Apache-2.0"
 """Of everything bundled."""
 
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 """Of a pipeline's files, those that are loaded; spiece.model is T5's vocabulary."""
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
@@ -138,13 +141,13 @@ def hash_files(path: str, root: Path, files: Sequence[Path], limit: int | None =
     """`files` below `root` as one hash.
 
     Several give that of the lines `SHA-256  NAME`, sorted by name, or `BYTES  NAME` where they have more than `limit`
-    bytes together.
+    bytes together, or are more than `OPEN_AT_MOST`. Without a limit they are read whatever it takes.
     """
     named = {file.relative_to(root).as_posix(): file for file in files}
     try:
         sizes = {name: file.stat().st_size for name, file in named.items()}
         total = sum(sizes.values())
-        if limit is not None and total > limit:
+        if limit is not None and (total > limit or len(named) > OPEN_AT_MOST):
             lines = [f"{sizes[name]}  {name}\n" for name in sorted(named)]
             return FileSet(
                 path=path, sha256=_sha256(lines), of="names and sizes", count=len(named), size=total
@@ -197,9 +200,10 @@ def _snapshot(config: ModelConfig) -> Path:
     from huggingface_hub import hf_hub_download
 
     index = hf_hub_download(config.path, "model_index.json", revision=config.revision, local_files_only=True)
+    snapshot = Path(index).parent
     with contextlib.suppress(Exception):  # without it the licence is not known, which the card says
-        hf_hub_download(config.path, "README.md", revision=config.revision)
-    return Path(index).parent
+        hf_hub_download(config.path, "README.md", revision=snapshot.name)
+    return snapshot
 
 
 def _weights(path: Path, variant: str | None) -> tuple[Path, list[Path]]:
@@ -227,6 +231,10 @@ def _weights_of_part(part: Path, variant: str | None) -> Iterator[Path]:
 
 
 def _hash_of(file: Path) -> str:
+    """SHA-256 of its bytes; of a large file from the hub it is the name that the local cache gives it."""
+    stored = file.resolve()
+    if stored.parent.name == "blobs" and _SHA256.fullmatch(stored.name):
+        return stored.name
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -240,4 +248,4 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _text(value: object) -> str | None:
-    return value.strip() or None if isinstance(value, str) else None
+    return " ".join(value.split()) or None if isinstance(value, str) else None

@@ -87,8 +87,10 @@ def tiny_dc_autoencoder(channels: int) -> AutoencoderDC:
     )
 
 
-def tiny_sana(*, timestep_scale: float = 1.0, **scheduler: object) -> SanaPipeline:
-    """Sana with the DPM-Solver and the shift of its checkpoints, 3."""
+def tiny_sana(
+    *, timestep_scale: float = 1.0, guidance_embeds: bool = False, **scheduler: object
+) -> SanaPipeline:
+    """Sana with the DPM-Solver and the shift of its checkpoints, 3; `guidance_embeds`: with Sprint's network."""
     torch.manual_seed(0)
     transformer = SanaTransformer2DModel(
         in_channels=4,
@@ -102,6 +104,7 @@ def tiny_sana(*, timestep_scale: float = 1.0, **scheduler: object) -> SanaPipeli
         caption_channels=8,
         sample_size=8,
         timestep_scale=timestep_scale,
+        guidance_embeds=guidance_embeds,
     )
     tokenizer = gemma_tokenizer()
     config = Gemma2Config(

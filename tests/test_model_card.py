@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -19,8 +21,10 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
+from diffalign import origins as origins_module
 from diffalign.config import RUNS, ModelConfig, Run
 from diffalign.errors import ConfigError
 from diffalign.exporting.formats import ONE_FILE, export_result
@@ -31,8 +35,17 @@ from diffalign.model_card.sections import fenced
 from diffalign.models.families import FAMILIES, family_of
 from diffalign.models.latent_flow import LatentFlow
 from diffalign.models.loading import load_for_inference
-from diffalign.origins import BaseModel, FileSet, Licence, find_base, find_files, hash_files, read_origins
-from diffalign.training.origins import record_origins
+from diffalign.origins import (
+    BaseModel,
+    FileSet,
+    Licence,
+    find_base,
+    find_files,
+    find_licence,
+    hash_files,
+    read_origins,
+)
+from diffalign.training.origins import conclude_card, record_origins, start_origins
 from diffalign.training.run import align
 from diffalign.training.run_folder import RunFolder
 
@@ -409,7 +422,58 @@ def test_a_licence_is_said_as_it_is_stated_or_unknown(finished, tmp_path, stated
     assert words == (stated.name or ("see LICENSE" if stated.file else "not stated by the checkpoint"))
 
 
-def test_a_large_set_is_known_by_names_and_sizes(tmp_path):
+def test_what_a_run_file_or_a_licence_says_stays_words(finished, tmp_path):
+    """Bars, backticks, line breaks and HTML in names leave headings, tables and front matter as they are."""
+    hostile = "a|b\n# New\n<img src=x> ``` [x](http://y)"
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("config.yaml", "summary.json", "origins.json"):
+        tree = yaml.safe_load((run / name).read_text())
+        if name == "config.yaml":
+            tree["rewards"][0]["label"] = hostile
+            tree["evaluation"]["sets"][hostile] = tree["evaluation"]["sets"].pop("in-domain")
+        elif name == "summary.json":
+            rows = tree["results"].pop("in-domain")
+            tree["results"][hostile] = {hostile: rows.pop("bright"), **rows}
+            tree["alarms"] = [{"iteration": 1, "name": "kl", "what": hostile}]
+        else:
+            files = tree["base"]["files"]
+            stated = {
+                "license": hostile,
+                "license_name": "x\n---\ny: z",
+                "license_link": "https://h/x\n---\n",
+            }
+            (tmp_path / "README.md").write_text(f"---\n{json.dumps(stated)}\n---\n")
+            files["licence"] = find_licence(tmp_path, "it").model_dump()
+            files["path"] = hostile
+            tree["data"][f"evaluation.sets.{hostile}"] = tree["data"].pop("data.path")
+        (run / name).write_text(json.dumps(tree) if name.endswith("json") else yaml.safe_dump(tree))
+    write_card(run / "final", run)
+    ours, theirs = ([*body_of(folder / "final")] for folder in (run, finished))
+    assert [text for kind, text in ours if kind.startswith("h")] == [
+        text for kind, text in theirs if kind.startswith("h")
+    ]
+    assert [kind for kind, _ in ours if kind in ("tr", "td")] == [
+        kind for kind, _ in theirs if kind in ("tr", "td")
+    ]
+    assert not any(kind in ("html_inline", "link_open") for kind, _ in ours)
+    assert "a|b # New <img src=x> ``` [x](http://y)" in [text for kind, text in ours if kind == "td"]
+    matter = front_matter_of(run / "final")
+    assert matter["license"] == "other"
+    assert "y" not in matter
+
+
+def body_of(folder: Path) -> Iterator[tuple[str, str]]:
+    """Tag and text of each heading and cell, and the kind of everything in texts, as readers of markdown have them."""
+    parser = MarkdownIt("commonmark").enable("table")
+    tokens = parser.parse(text_of(folder).split("---\n", 2)[2])
+    for token, inside in zip(tokens, [*tokens[1:], tokens[-1]], strict=True):
+        if token.tag in ("h1", "h2", "h3", "tr", "td") and token.nesting == 1:
+            yield token.tag, "".join(child.content for child in inside.children or [])
+        yield from ((child.type, child.content) for child in token.children or [])
+
+
+def test_a_large_set_is_known_by_names_and_sizes(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "2.png").write_bytes(b"123")
     (tmp_path / "1.png").write_bytes(b"12345")
@@ -426,6 +490,76 @@ def test_a_large_set_is_known_by_names_and_sizes(tmp_path):
     by_name = hash_files("x", tmp_path, files, limit=7)
     assert by_name.of == "names and sizes"
     assert by_name.sha256 == hashlib.sha256(b"5  1.png\n3  a/2.png\n").hexdigest()
+    monkeypatch.setattr("diffalign.origins.OPEN_AT_MOST", 1)
+    assert find_files(str(tmp_path)).of == "names and sizes"
+    assert hash_files("x", tmp_path, files, limit=None).of == "contents"
+
+
+def test_a_large_file_of_the_hubs_cache_is_not_read_again(tmp_path):
+    """Its blob has the name that its SHA-256 is; that of a small file is git's, which is not."""
+    (tmp_path / "blobs").mkdir()
+    for name, found in (("c" * 64, "c" * 64), ("d" * 40, hashlib.sha256(b"x").hexdigest())):
+        blob, link = tmp_path / "blobs" / name, tmp_path / f"{name}.safetensors"
+        blob.write_bytes(b"x")
+        link.symlink_to(blob)
+        assert hash_files("x", tmp_path, [link]).sha256 == found
+
+
+def test_the_run_does_not_wait_for_hashes_and_its_card_does(finished, tmp_path, data, base, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "origins.json").unlink()
+    go_on, hash_of = Event(), origins_module._hash_of
+    monkeypatch.setattr(origins_module, "_hash_of", lambda file: go_on.wait(60) and hash_of(file))
+    warnings: list[str] = []
+    thread = start_origins(
+        RunFolder(run),
+        make(data, base),
+        "StableDiffusionPipeline",
+        None,
+        lambda *words: warnings.append(words[1]),
+    )
+    assert not (run / "origins.json").exists()
+    timer = Timer(0.2, go_on.set)
+    timer.start()
+    conclude_card(RunFolder(run), lambda *words: warnings.append(words[1]), thread)
+    timer.join()
+    assert warnings == []
+    assert row_of(run / "final", "base model") == row_of(finished / "final", "base model")
+
+
+def test_other_data_of_a_resumed_run_are_told_beside_the_earlier(finished, tmp_path, data, base):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    folder, known = RunFolder(run), read_origins(finished)
+    assert known is not None
+    config = make(data, base)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"path": str(data / "other.txt")})}
+    )
+    for _ in range(2):  # the second resume has nothing new
+        record_origins(folder, config, "StableDiffusionPipeline", None, lambda kind, text: pytest.fail(text))
+    found = read_origins(run)
+    assert found is not None
+    assert found.data["data.path (earlier)"] == known.data["data.path"]
+    assert found.data["data.path"].path == str(data / "other.txt")
+    assert sorted(found.data) == sorted([*known.data, "data.path (earlier)"])
+
+
+def test_an_adapter_is_the_file_that_was_loaded(finished, tmp_path, data, base):
+    model = {"path": str(base), "adapters": [{"path": str(finished)}], "resolution": 16}
+    folder = RunFolder(tmp_path)
+    record_origins(
+        folder,
+        make(data, base, model=model),
+        "StableDiffusionPipeline",
+        None,
+        lambda kind, text: pytest.fail(text),
+    )
+    found = read_origins(tmp_path)
+    assert found is not None
+    file = finished / "final" / "pytorch_lora_weights.safetensors"
+    assert found.adapters["model.adapters.0"].sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_a_folder_without_a_result_is_refused(finished, tmp_path):

@@ -43,6 +43,7 @@ EXCEPTIONS = {
     "losses/pair_table.py: import_module of a name that is computed": "the table of pair losses",
     "models/families.py: import_module of a name that is computed": "the table of families; other names are refused",
     "cli/doctor.py: import_module of a name that is computed": "the table of libraries",
+    "estimate/architecture.py: import_module of a name that is computed": "diffusers or transformers, nothing else",
 }
 """Places where code is loaded on purpose: from installed packages, or from a file that the user names."""
 

@@ -13,7 +13,9 @@ examples:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,7 +122,8 @@ def _limit(args: Args, kind: DeviceKind) -> _Limit | None:
 def _measured(config: Run) -> Measured:
     from diffalign.estimate.measured import measure
 
-    return measure(config)
+    with redirect_stdout(sys.stderr):  # where the estimate goes, nothing else does: it may be JSON
+        return measure(config)
 
 
 def _time(args: Args, config: Run, found: Estimate, measured: Measured | None) -> tuple[float | None, str]:

@@ -14,6 +14,7 @@ examples:
   diffalign export runs/ddpo --format kohya --dtype float16 --output ~/ComfyUI/models/loras/ddpo.safetensors
   diffalign export runs/ddpo/checkpoints/step-40 --format diffusers --output step-40
   diffalign export runs/full --format single-file --dtype float16 --overwrite
+  diffalign export runs/ddpo --format kohya --push me/sd15-ddpo
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from diffalign.cli.push import push_export
 from diffalign.cli.sampling_args import optional
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class Args:
     """Type of the weights in the files."""
     overwrite: bool = False
     """Replace an earlier export. Anything else is never replaced."""
+    push: Annotated[str | None, optional("REPO_ID")] = None
+    """Then push it to OWNER/NAME on the hub, as `diffalign push` does. A push that fails is a warning."""
 
 
 def run(args: Args) -> None:
@@ -56,7 +60,10 @@ def run(args: Args) -> None:
     from diffalign.exporting.files import DTYPES
     from diffalign.exporting.formats import ONE_FILE, export_result
     from diffalign.exporting.source import find_result
+    from diffalign.hub import require_name
 
+    if args.push is not None:
+        require_name(args.push)
     result = find_result(args.run)
     path = default_path(result, args.format, args.format in ONE_FILE) if args.output is None else args.output
     path = path.expanduser()
@@ -73,6 +80,9 @@ def run(args: Args) -> None:
     console.print(f"{path}  {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
     for line in how_to_load(loaded, args.format, path):
         console.print(line)
+    if args.push is not None:
+        is_finished = result.weights.name == "final" and (result.run / "summary.json").is_file()
+        push_export(path, args.push, result.run if is_finished else None)
 
 
 def default_path(result: RunResult, form: str, is_file: bool) -> Path:

@@ -171,6 +171,11 @@ CANDIDATES = (
     ),
     _Candidate(_bf16, _ALL, "precision, and less time on a GPU that has bf16"),
     _Candidate(
+        _switch("training.optimizer", "adamw8bit", "adamw8bit"),
+        _ALL,
+        "precision of the optimizer's moments; needs bitsandbytes",
+    ),
+    _Candidate(
         _switch("model.vae_tiling"),
         ("decoding", "encoding pictures", "evaluation"),
         "seams in large pictures",

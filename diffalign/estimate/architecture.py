@@ -62,15 +62,13 @@ class Configuration:
     """
 
     def __init__(self, config: ModelConfig) -> None:
+        folder = _result_in(resolve(config.path))
+        while (folder / LORA_FILE).is_file() and (folder.parent / "config.yaml").is_file():
+            config = load_config(folder.parent / "config.yaml").model
+            folder = _result_in(resolve(config.path))
         self.path, self.revision = config.path, config.revision
-        folder = resolve(config.path)
-        if (folder / "final").is_dir():
-            folder = folder / "final"
-        if (folder / LORA_FILE).is_file() and (folder.parent / "config.yaml").is_file():
-            base = load_config(folder.parent / "config.yaml").model
-            self.path, self.revision = base.path, base.revision
-            folder = resolve(base.path)
-        if folder.is_file():
+        self._is_single_file = folder.is_file()
+        if self._is_single_file:
             if config.single_file_config is None:
                 raise CheckpointError(
                     f"{config.path} is a single file, which has no configuration to estimate from",
@@ -124,7 +122,9 @@ class Configuration:
     @property
     def has_weights(self) -> bool:
         """Whether there are weights to measure with; a hub id is taken to have them."""
-        return self.folder is None or any(self.folder.glob("*/*.safetensors"))
+        if self._is_single_file or self.folder is None:
+            return True
+        return any(self.folder.glob("*/*.safetensors"))
 
 
 def family_and_pipeline(config: ModelConfig, files: Configuration) -> tuple[type[DiffusersDenoiser], Any]:
@@ -154,6 +154,11 @@ def family_and_pipeline(config: ModelConfig, files: Configuration) -> tuple[type
         raise CheckpointError(
             f"the parts of {files.path} make no {index.get('_class_name')}", why=_first_line(error)
         ) from error
+
+
+def _result_in(folder: Path) -> Path:
+    """Of a run's folder its `final/`."""
+    return folder / "final" if (folder / "final").is_dir() else folder
 
 
 def _part(files: Configuration, name: str, named: Any) -> Any:

@@ -52,7 +52,8 @@ def measure(config: Run) -> Measured:
     with tempfile.TemporaryDirectory(prefix="diffalign-estimate-") as folder:
         summary = align(short, Path(folder) / "run")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    done = {line["iteration"]: line["seconds"] for line in map(json.loads, lines)}
+    records = map(json.loads, lines)  # before the first iteration, one of validation may stand there
+    done = {record["iteration"]: record["seconds"] for record in records if "seconds" in record}
     if ITERATIONS not in done:
         raise ConfigError(
             "--measure: the run ended before its second iteration", why=str(summary.get("ended_early"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from math import ceil
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,6 +26,8 @@ PICTURES: tuple[Phase, ...] = ("encoding pictures", "decoding", "evaluation")
 PROMPTS: tuple[Phase, ...] = ("encoding prompts",)
 ADAM_MOMENTS = 2
 """Numbers that AdamW keeps for each trained weight, in the weight's type: float32."""
+FEWEST_IN_8_BITS, NUMBERS_PER_SCALE = 4096, 256
+"""bitsandbytes' AdamW8bit: the smallest weights whose moments are in 8 bits, and how many of these share a float32."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,13 @@ def standing_parts(phases: Phases, config: Run, kind: DeviceKind) -> Iterator[Pa
     """All parts but what the phases themselves allocate."""
     denoiser, work, training = phases.denoiser, phases.work, config.training
     yield from _weights(phases, config, kind)
-    trained = stored_bytes(denoiser.trainable_parameters().values())
+    parameters = denoiser.trainable_parameters().values()
+    trained = stored_bytes(parameters)
     yield Part("gradients (float32)", trained, ("training",))
-    yield Part("optimizer (AdamW, two moments in float32)", ADAM_MOMENTS * trained)
+    if training.optimizer == "adamw8bit":
+        yield Part("optimizer (AdamW, two moments in 8 bits)", sum(map(_bytes_in_8_bits, parameters)))
+    else:
+        yield Part("optimizer (AdamW, two moments in float32)", ADAM_MOMENTS * trained)
     if training.ema_decay is not None:
         yield Part("moving average (float32)", trained)
     if denoiser._frozen_copies is not None:
@@ -90,6 +97,14 @@ def _types(tensors: Iterable[Tensor]) -> str:
         name = str(tensor.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
     return max(sizes, key=lambda name: sizes[name])
+
+
+def _bytes_in_8_bits(parameter: Tensor) -> int:
+    """Of the moments that AdamW8bit keeps for a weight."""
+    count = parameter.numel()
+    if count < FEWEST_IN_8_BITS:
+        return ADAM_MOMENTS * 4 * count
+    return ADAM_MOMENTS * (count + 4 * ceil(count / NUMBERS_PER_SCALE))
 
 
 def _size(network: Any) -> int:

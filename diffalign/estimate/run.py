@@ -115,16 +115,26 @@ def estimate(config: Run, kind: DeviceKind) -> Estimate:
     rewards, unknown = reward_parts(config)
     standing = [*standing_parts(phases, config, kind), *rewards]
     notes = [f"reward {name} (its size is not known without its weights)" for name in unknown]
-    if any(adapter.mode == "freeze" for adapter in config.model.adapters):
-        notes.append("frozen adapters (model.adapters)")
     height, width = (int(side) for side in denoiser.size)
-    trained = "all weights" if config.model.lora is None else f"LoRA of rank {config.model.lora.rank}"
+    notes += _left_out(config)
     precision = "float32" if config.training.mixed_precision == "no" else config.training.mixed_precision
     words = (
         f"{config.algorithm.name} of {config.model.path} ({type(denoiser).__name__}, {height} x {width} pixels, "
-        f"{trained}, {precision})"
+        f"{config.model.trained}, {precision})"
     )
     return Estimate(words, kind, standing, list(_worked(phases, config)), dict(_arithmetic(phases)), notes)
+
+
+def _left_out(config: Run) -> Iterator[str]:
+    """What the options ask for and the figures do not have."""
+    lora = config.model.lora
+    for adapter in config.model.adapters:
+        if adapter.mode == "freeze":
+            yield f"the frozen adapter {adapter.path}"
+        elif adapter.mode == "continue" and lora is not None:
+            yield f"the rank and modules of the adapter {adapter.path}: as a LoRA of rank {lora.rank} by default"
+    if getattr(getattr(config, "data", None), "buckets", None) is not None:
+        yield "the sizes of data.buckets: every picture as one of model.resolution"
 
 
 def _worked(phases: Phases, config: Run) -> Iterator[Part]:

@@ -41,7 +41,8 @@ class _MetaQuantizedLinear(QuantizedLinear):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.out_features, self.in_features, dtype=dtype, device=META)
+        first = torch.float32 if self.kind == "int8" else dtype
+        return torch.empty(self.out_features, self.in_features, dtype=first, device=META).to(dtype)
 
 
 class _MetaProduct(torch.autograd.Function):

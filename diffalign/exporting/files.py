@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffalign.errors import NumericsError, StorageError
+from diffalign.errors import NumericsError
 from diffalign.origins import read_header
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -25,7 +24,6 @@ def write_tensors(
 
     Raises:
         NumericsError: a weight that is too large for `dtype`.
-        StorageError: the disk refused.
     """
     ready: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -37,15 +35,7 @@ def write_tensors(
         value = value.contiguous()
         ready[name] = value.clone() if value.data_ptr() in places else value  # tied weights are written twice
         places.add(ready[name].data_ptr())
-    try:
-        save_file(ready, file, metadata=header)
-    except SafetensorError as error:
-        raise StorageError(
-            "cannot write the export",
-            where=str(file),
-            why=str(error),
-            hint="free some space, or choose another --output",
-        ) from error
+    save_file(ready, file, metadata=header)
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:

@@ -80,10 +80,11 @@ def _require_family(loaded: Loaded, form: str) -> None:
         require_kohya(loaded.family)
     if form == "single-file":
         require_original(loaded.family)
-        if loaded.family == "Flux" and loaded.result.config.model.train_text_encoder:
+        changes_encoder = loaded.result.config.model.train_text_encoder or "text_encoder" in loaded.updates
+        if loaded.family == "Flux" and changes_encoder:
             raise ConfigError(
-                "--format single-file: FLUX.1's file holds the transformer, and this run trained a text encoder too",
-                hint="use --format merged or kohya",
+                "--format single-file: FLUX.1's file holds the transformer, and this run changed a text encoder too",
+                hint="use --format merged or kohya" if loaded.result.is_lora else "use --format merged",
             )
 
 

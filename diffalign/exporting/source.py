@@ -13,6 +13,7 @@ from diffalign.assets import resolve
 from diffalign.config import AdapterConfig, ModelConfig, Run
 from diffalign.config_file import load_config
 from diffalign.errors import CheckpointError, ConfigError
+from diffalign.exporting.target import writing
 from diffalign.models.loading import LORA_FILE, load_denoiser
 from diffalign.models.lora_files import read_lora
 from diffalign.models.lora_updates import Updates
@@ -104,12 +105,15 @@ def loaded_result(result: RunResult) -> Iterator[Loaded]:
 
     Raises:
         CheckpointError: the base model or the result is missing, damaged, or of another model.
+        StorageError: no room for temporary files, which a checkpoint needs.
     """
     with TemporaryDirectory(prefix="diffalign-export-") as folder:
         files = result.weights
         if files.name != "final":
             files = Path(folder) / "final"
-            load_policy(str(result.weights), device="cpu").export(files)
+            policy = load_policy(str(result.weights), device="cpu")
+            with writing(files):
+                policy.export(files)
         config = base_config(result.config)
         if not result.is_lora:
             alone = {"path": str(files), "revision": None, "variant": None, "single_file_config": None}

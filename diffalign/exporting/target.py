@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from diffalign.errors import ConfigError, StorageError
 from diffalign.origins import read_header
 from diffalign.result_folder import result_folder
@@ -45,28 +47,44 @@ def target_file(path: Path) -> Iterator[Path]:
     """Yield a place beside the checked `path`; what is there at the end becomes `path`, or nothing is left.
 
     Raises:
-        StorageError: the folder cannot be made.
+        StorageError: the disk refused.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {path.parent}", why=error.strerror, hint="choose another --output"
-        ) from error
-    try:
-        yield partial
-        fsync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            yield partial
+            fsync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def target_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside the checked `path`; at the end it becomes `path`, or nothing is left."""
-    with result_folder(path, may_replace=lambda folder: _is_export(folder, is_file=False)) as folder:
-        yield folder
+    """Yield an empty folder beside the checked `path`; at the end it becomes `path`, or nothing is left.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with result_folder(path, may_replace=lambda folder: _is_export(folder, is_file=False)) as folder:
+            yield folder
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it, a disk that is full or refuses is a StorageError, whichever library met it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            "cannot write the export",
+            where=str(path),
+            why=str(error),
+            hint="free some space, or choose another --output",
+        ) from error
 
 
 def _is_export(path: Path, is_file: bool) -> bool:

@@ -34,7 +34,7 @@ def title(config: Run) -> str:
         name = path.resolve().parent.name if path.name == "final" else path.name
     else:
         name = config.model.path.rstrip("/").rpartition("/")[2].removeprefix("bundled:")
-    return f"{name.removesuffix('.safetensors')}, aligned by {config.algorithm.name}"
+    return f"{_text(name.removesuffix('.safetensors'))}, aligned by {config.algorithm.name}"
 
 
 def what_it_is(result: Result, config: Run, summary: Mapping[str, Any]) -> str:
@@ -47,9 +47,7 @@ def what_it_is(result: Result, config: Run, summary: Mapping[str, Any]) -> str:
     aims = [f"to {way} {', '.join(labels)}" for way, labels in ways.items() if labels]
     on = f", {' and '.join(aims)}" if aims else ""
     version = summary.get("versions", {}).get("diffalign", "of unknown version")
-    first = (
-        f"{form} of `{config.model.path}`, trained with diffalign {version} by `{config.algorithm.name}`{on}."
-    )
+    first = f"{form} of {_code(config.model.path)}, trained with diffalign {version} by `{config.algorithm.name}`{on}."
     results = summary.get("results") or {}
     if not results:
         return f"{first} It was not evaluated, so what it gained is not known."
@@ -62,7 +60,7 @@ def what_it_is(result: Result, config: Run, summary: Mapping[str, Any]) -> str:
 
 
 def under_the_picture(config: Run) -> str:
-    label = f", with the score of {_label(config.rewards[0])} below each" if config.rewards else ""
+    label = f", with the score of {_code(_label(config.rewards[0]))} below each" if config.rewards else ""
     return f"Before and after: the same prompts and seeds{label}"
 
 
@@ -71,7 +69,11 @@ def gains(summary: Mapping[str, Any]) -> str:
     if not summary.get("results"):
         return "The run had no evaluation sets: nothing was measured."
     table = importlib.import_module("diffalign_eval.table")
-    text = table.before_after_markdown(table.change_rows(summary["results"]))
+    results = {
+        _text(name): {_text(label): row for label, row in rows.items()}
+        for name, rows in summary["results"].items()
+    }
+    text = table.before_after_markdown(table.change_rows(results))
     return f"{text}\nMeans; the change is paired by prompt and seed, with its 95 % interval over prompts."
 
 
@@ -85,14 +87,14 @@ def rewards(config: Run, origins: Origins | None) -> str:
         weight = f"{reward.weight:g}" if isinstance(config, OnlineRun) else "measured only"
         weight = "watched only" if not reward.weight else weight
         licence = licences.get(label) or NOT_RECORDED
-        lines.append(f"| {_cell(label)} | {_cell(reward.name)} | {weight} | {_cell(licence)} |")
+        lines.append(f"| {_text(label)} | {_text(reward.name)} | {weight} | {_text(licence)} |")
     return "\n".join(lines)
 
 
 def guards(config: Run, summary: Mapping[str, Any]) -> str:
     """The alarms, and whether one of them ended the run."""
     lines = [
-        f"- iteration {alarm['iteration']}, `{alarm['name']}`: {alarm['what']}"
+        f"- iteration {alarm['iteration']}, `{alarm['name']}`: {_text(alarm['what'])}"
         for alarm in summary.get("alarms", [])
     ]
     if not lines:
@@ -101,7 +103,7 @@ def guards(config: Run, summary: Mapping[str, Any]) -> str:
     ended = summary.get("ended_early")
     if ended:
         lines.append(
-            f"\nThe run ended early ({ended['why']}); these are the weights of iteration "
+            f"\nThe run ended early ({_text(ended['why'])}); these are the weights of iteration "
             f"{ended['weights_of_iteration']}."
         )
     return "\n".join(lines)
@@ -135,7 +137,7 @@ def made_from(config: Run, origins: Origins | None, licence: Licence) -> str:
     """Base model, adapters and data: hashes and licences."""
     lines = ["| | from | SHA-256 | licence |", "| --- | --- | --- | --- |"]
     if origins is None:
-        lines.append(f"| base model | `{config.model.path}` | {NOT_RECORDED} | {_licence(licence)} |")
+        lines.append(f"| base model | {_code(config.model.path)} | {NOT_RECORDED} | {_licence(licence)} |")
         return "\n".join(lines)
     base: BaseModel | None = origins.base
     what = "base model"
@@ -161,7 +163,7 @@ def cost(summary: Mapping[str, Any]) -> str:
         **{name.replace("_", " "): f"{count:,}" for name, count in summary.get("counts", {}).items()},
     }
     return "\n".join(
-        ["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())]
+        ["| | |", "| --- | --- |", *(f"| {name} | {_text(value)} |" for name, value in rows.items())]
     )
 
 
@@ -188,9 +190,9 @@ def fenced(text: str, language: str) -> str:
 
 def _row(what: str, files: FileSet, no_licence: str, place: str = "") -> str:
     number = f"{files.count:,} {'prompts' if files.of == 'prompts' else 'files'}, " if files.count > 1 else ""
-    place = place or f"`{files.path}` ({number}{files.size:,} bytes)"
+    place = place or f"{_code(files.path)} ({number}{files.size:,} bytes)"
     mark = f"`{files.sha256}`{_OF[files.of]}" if files.sha256 else "not known: the files could not be read"
-    return f"| {what} | {_cell(place)} | {mark} | {_licence(files.licence, no_licence)} |"
+    return f"| {_text(what)} | {place} | {mark} | {_licence(files.licence, no_licence)} |"
 
 
 def _on_the_hub(base: BaseModel) -> str:
@@ -203,7 +205,7 @@ def _licence(licence: Licence, none: str = NOT_STATED) -> str:
     words = " ".join(filter(None, [licence.name, f"({licence.title})" if licence.title else None]))
     if not words and licence.file is not None:
         words = f"see {Path(licence.file).name}"
-    return _cell(words or none)
+    return _text(words or none)
 
 
 def _label(reward: RewardConfig) -> str:
@@ -213,8 +215,18 @@ def _label(reward: RewardConfig) -> str:
 def _trained(config: Run, sign: int) -> list[str]:
     """Labels of the rewards that training followed upwards (1) or downwards (-1)."""
     rewards = config.rewards if isinstance(config, OnlineRun) else []
-    return [f"`{_label(reward)}`" for reward in rewards if reward.weight * sign > 0]
+    return [_code(_label(reward)) for reward in rewards if reward.weight * sign > 0]
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _text(text: str) -> str:
+    """Words that come from elsewhere, in one line that markdown and HTML read as nothing but words."""
+    escaped = re.sub(r"[\\`*\[\]<>]", r"\\\g<0>", " ".join(text.split()))
+    return escaped.replace("|", "&#124;")  # which ends no cell, whoever writes the table
+
+
+def _code(text: str) -> str:
+    """The same as code, in which backticks are nothing but themselves."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    around, gap = "`" * (longest + 1), " " if longest else ""
+    return f"{around}{gap}{line}{gap}{around}"

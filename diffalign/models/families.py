@@ -64,3 +64,13 @@ def pipeline_of_file(path: Path, config: ModelConfig) -> str:
         if any(name.startswith(start) for name in names):
             return pipeline
     return "StableDiffusionPipeline"
+
+
+def networks_of(family: type[DiffusersDenoiser]) -> tuple[str, ...]:
+    """The pipeline's names of all networks with weights."""
+    return (family.network_name, "vae", *family.encoder_names)
+
+
+def parts_of(encoder: str) -> list[str]:
+    """The pipeline's names of a text encoder and its tokenizer."""
+    return [encoder, encoder.replace("text_encoder", "tokenizer")]

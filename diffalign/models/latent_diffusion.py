@@ -39,8 +39,8 @@ class LatentDiffusion(DiffusersDenoiser):
         self._scheduler_config = self._effective_scheduler_config()
         self._solver = isinstance(self.pipeline.scheduler, DPMSolverMultistepScheduler)
         if self.config.prediction_type is not None or self.config.zero_terminal_snr is not None:
-            scheduler = DDIMScheduler.from_config(self._scheduler_config)
-            self.pipeline.scheduler = scheduler  # exported with the weights
+            kept = DPMSolverMultistepScheduler if self._solver else DDIMScheduler  # for the same timesteps
+            self.pipeline.scheduler = kept.from_config(self._scheduler_config)  # exported with the weights
         scheduler = DDIMScheduler.from_config(self._scheduler_config)
         self.schedule = NoiseSchedule(
             scheduler.alphas_cumprod, scheduler.config.prediction_type, float(scheduler.final_alpha_cumprod)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -22,18 +21,18 @@ from diffalign.config.sizes import Resolution
 from diffalign.errors import CheckpointError, DeviceError
 from diffalign.models.base import Denoiser
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
-from diffalign.models.families import family_of, pipeline_of_file, require_supported
+from diffalign.models.families import family_of, networks_of, parts_of, require_supported
 from diffalign.models.lora import TRAINED
 from diffalign.models.lora_files import read_lora
 from diffalign.models.lora_paths import LORA_FILE as LORA_FILE
 from diffalign.models.lora_updates import merge, put_on
-from diffalign.models.weights_check import require_all_weights, require_readable
+from diffalign.models.single_file import load_single_file
+from diffalign.models.weights_check import require_all_weights, require_readable, require_tokenizers
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PART_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 """Libraries that a model_index.json may take its parts from; stable_diffusion is diffusers' old safety checker."""
-_ENCODER_PARTS = ("text_encoder", "tokenizer")
 
 
 def pick_device(name: str) -> torch.device:
@@ -184,7 +183,7 @@ def load_pipeline(config: ModelConfig) -> Any:
         if (path / LORA_FILE).is_file():
             return _with_lora(path)
         if path.is_file():
-            return _load_single_file(path, config)
+            return load_single_file(path, config)
         if path.is_dir():
             return _load_folder(str(path), config, *_check_folder(path, config))
         return _load_hub(config)
@@ -194,6 +193,13 @@ def load_pipeline(config: ModelConfig) -> Any:
             where=str(path),
             why=_first_line(error),
             hint="a truncated or mixed-up file looks like this: download it again, or try `diffalign doctor`",
+        ) from error
+    except ImportError as error:
+        raise CheckpointError(
+            f"{config.path} needs a package that is not there",
+            where=str(path),
+            why=_first_line(error),
+            hint="weights that are stored quantised do: give the plain checkpoint, with model.quantization",
         ) from error
     except Exception as error:
         if "safetensor" not in type(error).__name__.lower():
@@ -227,7 +233,7 @@ def _check_folder(path: Path, config: ModelConfig) -> tuple[type[DiffusersDenois
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index_file} is not JSON", why=_first_line(error)) from error
     family, without = _check_index(index, config, index_file)
-    for part in (family.network_name, "vae", *family.encoder_names):
+    for part in networks_of(family):
         if part in without:
             continue
         files = [file.suffix for file in (path / part).glob("*")] if (path / part).is_dir() else []
@@ -260,11 +266,20 @@ def _check_index(index: Any, config: ModelConfig, file: Path) -> tuple[type[Diff
                 where=str(file),
                 why=f"{value}; known are {', '.join(filter(None, PART_LIBRARIES))}",
             )
-    return family, [part for part in family.optional_encoders if index.get(part) in (None, [None, None])]
+    absent = [part for part in networks_of(family) if index.get(part) in (None, [None, None])]
+    needed = [part for part in absent if part not in family.optional_encoders]
+    if needed:
+        raise CheckpointError(
+            f"{config.path} has no {', '.join(needed)}",
+            where=str(file),
+            why=f"a {family.__name__} is made of {', '.join(networks_of(family))}",
+            hint="give a text-to-picture base model; a refiner, which has one text encoder, is not one",
+        )
+    return family, absent
 
 
 def _load_folder(path: str, config: ModelConfig, family: type[DiffusersDenoiser], without: list[str]) -> Any:
-    absent = {name.replace("text_encoder", kind): None for name in without for kind in _ENCODER_PARTS}
+    absent = {name: None for part in without for name in parts_of(part)}
     pipeline = family.pipeline_class.from_pretrained(
         path,
         revision=config.revision,
@@ -274,35 +289,9 @@ def _load_folder(path: str, config: ModelConfig, family: type[DiffusersDenoiser]
         **family.load_options,
         **absent,
     )
-    require_all_weights(pipeline, (family.network_name, "vae", *family.encoder_names), config.variant)
+    require_all_weights(pipeline, networks_of(family), config.variant)
+    require_tokenizers(pipeline, family.encoder_names)
     return pipeline
-
-
-def _load_single_file(path: Path, config: ModelConfig) -> Any:
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{config.path} is not a .safetensors file",
-            hint="give a diffusers folder, a hub id or a .safetensors file",
-        )
-    family = require_supported(pipeline_of_file(path, config), config, path)
-    options = dict(family.load_options)
-    options.pop("feature_extractor", None)
-    options.pop("image_encoder", None)
-    if config.single_file_config is not None:
-        options["config"] = str(resolve(config.single_file_config))
-    try:
-        return family.pipeline_class.from_single_file(str(path), dtype=torch.float32, **options)
-    except (
-        NotImplementedError,
-        SingleFileComponentError,
-    ) as error:  # a weight, or a whole network, is not in it
-        raise CheckpointError(
-            f"{config.path} lacks some of the weights of its pipeline",
-            where=str(path),
-            why=_first_line(error),
-            hint="a file with the denoising network alone (flux1-dev.safetensors) or a LoRA (model.adapters) does not "
-            "do: give a full checkpoint or a diffusers folder, or the matching model.single_file_config",
-        ) from error
 
 
 def _load_hub(config: ModelConfig) -> Any:

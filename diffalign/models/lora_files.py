@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,15 @@ _MARKS = (
     ("transformer.", "a transformer: Stable Diffusion 3, FLUX.1 or another"),
 )
 """Part of a weight's name -> the kind of model that the LoRA seems to be of, tried in this order."""
+_OTHER_KINDS = {".dora_scale": "DoRA in kohya's format", ".hada_w": "LoHa", ".lokr_w": "LoKr"}
+"""Part of a weight's name -> what the file is that has it."""
+_DROPPED = re.compile(
+    r"\.diff(_b)?$|^text_encoders\.t5xxl|^lora_te[23]_"
+    r"|^(lora_te|text_encoders\.).*(position_embedding|text_projection)"
+)
+"""Weights that diffusers leaves out of a transformer's LoRA in kohya's or ComfyUI's names, with a line in its log."""
+_DAMAGED = (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
+"""What diffusers, peft and torch raise for a file that is not as it should be."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +84,13 @@ def read_lora(config: AdapterConfig, pipeline: Any, networks: Mapping[str, Any])
     try:
         with safe_open(source.file, framework="pt") as opened:
             names = list(opened.keys())
-        _require_readable(source, names)
+            _require_readable(source, names)
+            if not hasattr(pipeline, "unet"):
+                _require_kept(source, names, lambda name: bool(opened.get_tensor(name).any()))
         file = _peft_file(source, networks) if source.is_peft else _pipeline_file(source, pipeline, networks)
         parts = _require_fit(source, file, names, pipeline, networks)
         return {part: _updates(part, own, file) for part, own in parts.items()}
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
             f"the LoRA weights cannot be read: {config.path}",
             where=str(source.file),
@@ -90,11 +101,12 @@ def read_lora(config: AdapterConfig, pipeline: Any, networks: Mapping[str, Any])
 
 def _require_readable(source: LoraSource, names: list[str]) -> None:
     """Refuse what diffusers would drop without an error."""
-    if any(name.endswith("dora_scale") for name in names):
+    other = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in names)), None)
+    if other is not None:
         raise CheckpointError(
-            f"{source.given} is a DoRA in kohya's format, which diffusers does not read",
+            f"{source.given} is a {other}, which diffusers does not read",
             where=str(source.file),
-            hint="give a DoRA in diffusers' or PEFT's format",
+            hint="give a LoRA, or a DoRA in diffusers' or PEFT's format",
         )
     if not any("lora" in name for name in names):
         raise CheckpointError(
@@ -102,6 +114,29 @@ def _require_readable(source: LoraSource, names: list[str]) -> None:
             where=str(source.file),
             why=f"its weights are {', '.join(sorted(names)[:3])}, ...",
             hint="a whole model is given as model.path",
+        )
+
+
+def _require_kept(source: LoraSource, names: list[str], has_effect: Callable[[str], bool]) -> None:
+    """Refuse weights of a transformer's LoRA that diffusers' converter would leave out."""
+    there, mixed = set(names), any(name.startswith("transformer.") for name in names)
+    left = []
+    for name in names:
+        pair = (
+            name.replace("lora_down", "lora_up")
+            if "lora_down" in name
+            else name.replace("lora_up", "lora_down")
+        )
+        is_beside = mixed and name.startswith(("lora_te", "lora_unet_", "text_encoders."))
+        if _DROPPED.search(name) or pair not in there or is_beside:
+            left.append(name)
+    left = [name for name in left if not name.endswith(".alpha") and has_effect(name)]
+    if left:
+        raise CheckpointError(
+            f"{source.given} changes more than diffusers reads of it",
+            where=str(source.file),
+            why=f"it leaves out {len(left)} of the {len(names)} weights: {', '.join(left[:3])}",
+            hint="give a LoRA of the transformer and the first text encoder, whose weights are all in pairs",
         )
 
 
@@ -190,6 +225,8 @@ def _misfits(tensors: Mapping[str, Tensor], network: Any) -> dict[str, str]:
             found[name] = f"{module} takes {before[0]}, this LoRA {tensor.shape[1]}"
         elif part == "B.weight" and len(tensor) != after:
             found[name] = f"{module} returns {after}, this LoRA {len(tensor)}"
+        elif "magnitude" in part and tensor.numel() != after:
+            found[name] = f"{module} returns {after}, this DoRA has lengths of {tensor.numel()}"
     return found
 
 
@@ -227,9 +264,13 @@ def _updates(part: str, tensors: Mapping[str, Tensor], file: _File) -> dict[str,
             raise ValueError(f"{part}.{module} has no pair of lora_A and lora_B of one rank")
         name = f"{module}.lora_magnitude_vector"
         magnitude = tensors.get(name, tensors.get(name + ".weight"))
-        updates[module] = Update(down, up, _scale(module, len(down), part, file), magnitude)
-        if not all(tensor.isfinite().all() for tensor in (down, up)):
+        update = updates[module] = Update(down, up, _scale(module, len(down), part, file), magnitude)
+        parts = [down, up, torch.tensor(update.scale), *([] if magnitude is None else [magnitude])]
+        if not all(tensor.isfinite().all() for tensor in parts):
             raise ValueError(f"{part}.{module} has numbers that are not finite")
+    left = file.alphas.get(part, {}).keys() - updates
+    if left:
+        raise ValueError(f"{part}: the alpha of {sorted(left)[0]} belongs to no weight of the file")
     return updates
 
 

@@ -137,7 +137,13 @@ class PipelineNetworks(Denoiser):
 
     def _default_side(self) -> int:
         """Latent cells along the side of the pictures that the checkpoint was trained for."""
-        return int(self.network.config.sample_size)
+        side = self.network.config.sample_size
+        if not isinstance(side, int):
+            raise ConfigError(
+                f"model.resolution: the checkpoint does not say the size of its pictures (sample_size: {side})",
+                hint="give model.resolution: a side in pixels, or [height, width]",
+            )
+        return side
 
     def _cell_side(self) -> int:
         """Pixels along the side of a latent cell."""

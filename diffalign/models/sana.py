@@ -10,6 +10,7 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
+from diffalign.errors import CheckpointError
 from diffalign.models.base import Conditioning
 from diffalign.models.latent_flow import LatentFlow
 
@@ -36,6 +37,15 @@ class Sana(LatentFlow):
     trained_encoders: ClassVar[tuple[str, ...]] = ()
     bfloat16_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     samples_whole_range: ClassVar[bool] = False
+
+    def _check_pipeline(self) -> None:
+        super()._check_pipeline()
+        if self.network.config.guidance_embeds:
+            raise CheckpointError(
+                f"the network of {self.config.path} takes the guidance scale as an input",
+                why="it is a Sana-Sprint, distilled for one to four steps of another kind of sampling",
+                hint="give a Sana of SanaPipeline, such as Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+            )
 
     def _cell_side(self) -> int:
         return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))

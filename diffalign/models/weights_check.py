@@ -64,26 +64,55 @@ def require_all_weights(pipeline: Any, names: Iterable[str], variant: str | None
         network, left_over = getattr(pipeline, name), list[str]()
         if network is None:
             continue
+        if hasattr(network.config, "quantization_config"):
+            raise CheckpointError(
+                f"the weights of the {name} are stored quantised",
+                where=str(pipeline.config.get("_name_or_path")),
+                why="weights are read as they were trained, and rounded here where that is asked for",
+                hint="give the plain checkpoint, with model.quantization: int8 or nf4",
+            )
         if isinstance(network, PreTrainedModel):
             folder = Path(network.name_or_path)
             missing = _missing_of_encoder(network, folder, variant)
         else:
             folder = Path(network.config["_name_or_path"])
             missing, left_over = _missing_and_left_over(network, stored_names(folder, variant))
-        if missing:
+        require_match(name, missing, left_over, folder)
+
+
+def require_tokenizers(pipeline: Any, encoders: Iterable[str]) -> None:
+    """transformers makes an empty tokenizer, to which all prompts are alike, of a folder that lacks its vocabulary.
+
+    Raises:
+        CheckpointError: a tokenizer that cannot tell two letters apart.
+    """
+    for encoder in encoders:
+        name = encoder.replace("text_encoder", "tokenizer")
+        tokenizer = getattr(pipeline, name)
+        if tokenizer is not None and tokenizer("a").input_ids == tokenizer("b").input_ids:
             raise CheckpointError(
-                f"the {name} lacks {len(missing)} of its weights: {_some(missing)}",
-                where=str(folder),
-                why="they would be random numbers",
-                hint="its weights and its config.json do not belong together, or were not saved whole: get it again",
+                f"the {name} has no vocabulary",
+                where=tokenizer.name_or_path or None,
+                why="its files are missing or were not saved whole, and every prompt would be the same",
+                hint=f"copy the {name} folder of the base model",
             )
-        if left_over:
-            raise CheckpointError(
-                f"the {name} has {len(left_over)} weights that its model has no place for: {_some(left_over)}",
-                where=str(folder),
-                why="its config.json describes another model than its weights are of",
-                hint="get both from the same place; weights of something else beside it must be taken out of the file",
-            )
+
+
+def require_match(name: str, missing: list[str], left_over: list[str], where: Path) -> None:
+    if missing:
+        raise CheckpointError(
+            f"the {name} lacks {len(missing)} of its weights: {_some(missing)}",
+            where=str(where),
+            why="they would be random numbers",
+            hint="its weights and its config.json do not belong together, or were not saved whole: get it again",
+        )
+    if left_over:
+        raise CheckpointError(
+            f"the {name} has {len(left_over)} weights that its model has no place for: {_some(left_over)}",
+            where=str(where),
+            why="its config.json describes another model than its weights are of",
+            hint="get both from the same place; weights of something else beside it must be taken out of the file",
+        )
 
 
 def stored_names(folder: Path, variant: str | None) -> set[str]:

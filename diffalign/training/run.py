@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from diffalign.algorithms.base import Algorithm, Context, KeepsTensors, Meter
@@ -28,7 +29,7 @@ from diffalign.training.faults import dump_fault
 from diffalign.training.guards import Guards
 from diffalign.training.keeping import Keeping
 from diffalign.training.loop import Metrics, Trainer
-from diffalign.training.origins import conclude_card, record_origins
+from diffalign.training.origins import conclude_card, start_origins
 from diffalign.training.precision import set_backend_flags
 from diffalign.training.preview import draw_preview
 from diffalign.training.processes import Processes
@@ -86,6 +87,7 @@ class _Run:
         self.trackers = Trackers([], TrackedRun(config, output_dir, ""), self.progress.warn)
         self.begins = Beginning()
         self.trainer: Trainer | None = None
+        self.origins: Thread | None = None
 
     def execute(self) -> dict[str, Any]:
         with self.signals:
@@ -141,7 +143,7 @@ class _Run:
             if processes.is_main:
                 self.folder.create(config)
                 pipeline = type(denoiser.pipeline).__name__
-                record_origins(self.folder, config, pipeline, reward, self.progress.warn)
+                self.origins = start_origins(self.folder, config, pipeline, reward, self.progress.warn)
             self.progress.write_to(self.folder.path, config.algorithm.name, self.meter)
             processes.wait()
             if algorithm.uses_reference or config.training.preview_every:
@@ -328,7 +330,7 @@ class _Run:
                 seeds = self.config.evaluation.seeds_per_prompt
                 write_grid(before, after, reward.labels[0], self.folder.samples, seeds)
             write_atomically(self.folder.summary, json.dumps(summary, indent=1))
-            conclude_card(self.folder, self.progress.warn)
+            conclude_card(self.folder, self.progress.warn, self.origins)
             self.progress.say(
                 f"finished: {self.folder.path} (final/ holds the result, summary.json the figures)"
             )

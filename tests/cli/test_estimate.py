@@ -57,6 +57,14 @@ def test_the_parts_of_full_fine_tuning_follow_from_the_number_of_weights(capsys)
     assert found["phases"]["training"] == always + inside
 
 
+def test_what_the_figures_leave_out_is_said(capsys):
+    found = printed(
+        capsys,
+        [*DPO, "--memory", "1GiB", "--data.buckets", "[[64, 64], [48, 80]]"],
+    )
+    assert found["not_counted"] == ["the sizes of data.buckets: every picture as one of model.resolution"]
+
+
 def test_time_is_arithmetic_over_a_rate_that_is_said(capsys):
     found = printed(capsys, [*DPO, "--tflops", "2"])
     assert found["seconds_per_iteration"] == pytest.approx(found["flops_per_iteration"] / 2e12)
@@ -90,7 +98,7 @@ def test_the_savings_are_differences_between_estimates(capsys):
         assert change["saves"] == peak - change["peak"] > 0
         peak = change["peak"]
     first = found["changes"][0]
-    again = printed(capsys, [*TIGHT, *first["options"].split()])
+    again = printed(capsys, [*TIGHT, *first["options"].split(), "--memory", "1GiB"])
     assert again["peak_bytes"] == first["peak"]
 
 
@@ -114,7 +122,7 @@ def test_wrong_input_is_one_screen(capsys, words, code, expected):
 
 @pytest.mark.slow
 def test_measuring_takes_two_real_iterations(capsys):
-    assert main([*DPO, "--measure", "--training.device", "cpu"]) == 0
-    out = capsys.readouterr().out
-    assert "measured, the second of two iterations on" in out
-    assert "measured peak: " in out
+    found = printed(capsys, [*DPO, "--measure", "--training.device", "cpu"])
+    assert found["seconds_from"].startswith("measured, the second of two iterations on")
+    assert found["seconds_per_iteration"] == found["measured"]["seconds"] > 0
+    assert found["measured"]["peak"] > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,35 @@ def test_a_file_is_named_safetensors(
 ):
     assert export(finished.path, "kohya", "--output", tmp_path / "out.ckpt") == 2
     assert "out.ckpt is not named .safetensors" in capsys.readouterr().err
+
+
+@pytest.fixture
+def a_full_disk() -> Iterator[None]:
+    """No file can be larger than 8 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("a_full_disk")
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "merged", "single-file"])
+def test_a_full_disk_is_one_screen_and_the_earlier_export_stays(
+    finished: FinishedRun, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / ("out.safetensors" if form in ("kohya", "single-file") else "out")
+    if path.suffix:
+        save_file({"mine": torch.zeros(1)}, path, metadata={"diffalign.version": "0"})
+    else:
+        path.mkdir()
+        (path / "export.json").touch()
+    assert export(finished.path, form, "--output", path, "--overwrite") == 8
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot write the export")
+    assert str(path) in said
+    assert "free some space" in said
+    assert listing(tmp_path) == [path.name]
+    assert listing(path) == ["export.json"] if path.is_dir() else list(load_file(path)) == ["mine"]
 
 
 def test_a_weight_too_large_for_float16_leaves_nothing_behind(

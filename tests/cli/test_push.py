@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_runs import FinishedRun
 from safetensors.torch import save_file
 
 from diffalign.cli import main
@@ -248,6 +250,53 @@ def test_without_a_token_the_hub_is_not_asked(hub, run, monkeypatch, capsys, tmp
     assert hub.repositories == {}
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with what its card needs."""
+    run = FinishedRun(tmp_path_factory.mktemp("exported"), "sd").path
+    (run / "summary.json").write_text('{"wall_seconds": 1, "precision": "no", "peak_memory_bytes": 1}')
+    return run
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_an_export_that_is_not_pushed_is_there_and_the_command_it_names_pushes_it(
+    hub, exported, form, tmp_path, capsys
+):
+    hub.refuse = {"/commit/": 500}
+    place = tmp_path / ("my it.safetensors" if form == "kohya" else "my it")
+    assert main(["export", str(exported), "--format", form, "--output", str(place), "--push", "me/it"]) == 0
+    shown = capsys.readouterr()
+    assert place.exists()
+    assert f"warning: {place} is written, and not pushed to me/it" in shown.err
+    assert TOKEN not in shown.out + shown.err
+    (again,) = re.findall("then again: diffalign (.*)", shown.err)
+    hub.refuse = {}
+    assert main(shlex.split(again)) == 0
+    files = hub.repositories["me/it"]["branches"]["main"]
+    assert b"aligned by sft" in files["README.md"]
+    weights = place if form == "kohya" else place / "pytorch_lora_weights.safetensors"
+    assert files[weights.name] == weights.read_bytes()
+    assert ("export.json" in files) == (form == "diffusers")
+
+
+def test_an_export_is_pushed_at_once(hub, exported, tmp_path, capsys):
+    place = tmp_path / "it.safetensors"
+    assert (
+        main(["export", str(exported), "--format", "kohya", "--output", str(place), "--push", "me/it"]) == 0
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.address}/me/it"
+    assert sorted(hub.repositories["me/it"]["branches"]["main"]) == ["README.md", "it.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["it.safetensors"]
+
+
+def test_a_bad_name_is_found_before_the_export(exported, tmp_path, capsys):
+    place = tmp_path / "it.safetensors"
+    words = ["--format", "kohya", "--output", str(place), "--push", "me/it/too/deep"]
+    assert main(["export", str(exported), *words]) == 2
+    assert "is not a name of the hub" in capsys.readouterr().err
+    assert not place.exists()
+
+
 def test_only_a_finished_result_is_pushed(run, tmp_path, capsys):
     def refusal(folder: Path, name: str = "me/it") -> str:
         assert main(["push", str(folder), name, "--dry-run"]) == 2
@@ -259,6 +308,8 @@ def test_only_a_finished_result_is_pushed(run, tmp_path, capsys):
     save_file({"unet.x.lora_A.weight": torch.ones(1)}, step / "trainable.safetensors")
     (step / "manifest.json").write_text("{}")
     assert "holds no result that diffusers loads" in refusal(step)
+    assert "is not an exported .safetensors file" in refusal(step / "trainable.safetensors")
+    assert "is not an exported .safetensors file" in refusal(run / "final" / "README.md")
     assert "is not a folder" in refusal(tmp_path / "nothing")
     assert "me/it/too/deep is not a name of the hub" in refusal(run / "final", "me/it/too/deep")
     (run / "summary.json").unlink()

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
-from export_runs import LORA, Exports
+from export_runs import LORA, Exports, FinishedRun
 from peft import PeftModel
+
+from diffalign.errors import ConfigError
+from diffalign.exporting.formats import export_result
+from diffalign.exporting.source import find_result
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +34,14 @@ def test_ranks_and_scales_by_module_survive(form: str, uneven: Exports):
 
 
 def test_a_dora_keeps_its_magnitudes(tmp_path: Path):
-    dora = Exports(tmp_path, "sd", ["peft", "merged"], kind="dora", text_encoder=False)
+    dora = Exports(tmp_path, "sd", ["diffusers", "peft", "merged"], kind="dora")
     pipeline = dora.run.base_pipeline()
-    pipeline.unet = PeftModel.from_pretrained(pipeline.unet, dora["peft"] / "unet").merge_and_unload()
+    pipeline.load_lora_weights(dora["diffusers"])
+    assert dora.draw_the_same(pipeline)
+    pipeline = dora.run.base_pipeline()
+    for name in ("unet", "text_encoder"):
+        adapted = PeftModel.from_pretrained(getattr(pipeline, name), dora["peft"] / name)
+        setattr(pipeline, name, adapted.merge_and_unload())
     assert dora.draw_the_same(pipeline)
     assert dora.draw_the_same(DiffusionPipeline.from_pretrained(dora["merged"]))
 
@@ -44,3 +53,12 @@ def test_adapters_that_a_run_started_with_are_part_of_it(uneven: Exports, tmp_pa
     pipeline.load_lora_weights(over.folder, weight_name=over["kohya"].name)
     assert over.draw_the_same(pipeline)
     assert over.draw_the_same(DiffusionPipeline.from_pretrained(over["merged"]))
+
+
+def test_the_file_of_flux_has_no_place_for_a_text_encoder_that_an_adapter_changed(tmp_path: Path):
+    under = FinishedRun(tmp_path / "under", "flux")
+    start = [{"path": str(under.path), "mode": "freeze"}]
+    over = FinishedRun(tmp_path / "over", "flux", adapters=start, text_encoder=False)
+    with pytest.raises(ConfigError, match="changed a text encoder too"):
+        export_result(find_result(str(over.path)), "single-file", tmp_path / "flux.safetensors")
+    assert not (tmp_path / "flux.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,63 @@ def test_a_weight_that_no_module_takes_is_named(tmp_path):
     assert "to_x" in text
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight",
+        "lora_unet_double_blocks_0_img_attn_proj.diff_b",
+        "text_encoders.t5xxl.transformer.encoder.block.0.lora_down.weight",
+        "transformer.x_embedder.lora_A.weight",
+    ],
+)
+def test_what_diffusers_leaves_out_of_a_file_of_flux_is_named(name, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    kohya_flux(tiny_flux(), file)
+    save_file({**load_file(file), name: torch.ones(2, 8)}, file)
+    text = refusal(file, tiny_flux())
+    assert "changes more than diffusers reads of it" in text
+    assert ("lora_unet_double_blocks_0" if name.startswith("transformer.") else name) in text
+
+
+def test_what_is_left_out_and_zero_is_nothing(tmp_path):
+    pipeline, file = tiny_flux(), tmp_path / "lora.safetensors"
+    kohya_flux(pipeline, file)
+    nothing = {"lora_unet_double_blocks_0_img_attn_proj.diff_b": torch.zeros(8)}
+    save_file({**load_file(file), **nothing}, file)
+    assert read(file, pipeline).keys() == {"transformer"}
+
+
+@pytest.mark.parametrize(
+    ("ending", "tensor", "why"),
+    [
+        (".alpha", torch.tensor(math.nan), "not finite"),
+        ("lora_up.weight", torch.ones(8), "no module takes 1 of its"),
+        ("lora_down.weight", torch.ones(()), "LoRA weights cannot be read"),
+    ],
+)
+def test_a_damaged_weight_or_alpha_is_refused(ending, tensor, why, tmp_path):
+    pipeline, file = tiny_pipeline(), tmp_path / "lora.safetensors"
+    kohya_unet(pipeline, file)
+    tensors = load_file(file)
+    save_file({**tensors, next(name for name in tensors if name.endswith(ending)): tensor}, file)
+    assert why in refusal(file, pipeline)
+
+
+def test_lengths_of_a_dora_that_do_not_fit_are_named(tmp_path):
+    pipeline = tiny_pipeline()
+    get_peft_model(pipeline.unet, LoraConfig(r=2, target_modules=["to_q"], use_dora=True)).save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "magnitude" in name)
+    save_file({**tensors, name: torch.ones(len(tensors[name]) + 1)}, file)
+    assert "this DoRA has lengths of" in refusal(tmp_path, tiny_pipeline())
+    save_file({**tensors, name: torch.full_like(tensors[name], math.inf)}, file)
+    assert "not finite" in refusal(tmp_path, tiny_pipeline())
+
+
 def test_half_of_a_pair_is_refused(tmp_path):
     file = tmp_path / "lora.safetensors"
     diffusers_file(tiny_pipeline(), file)
@@ -271,8 +329,9 @@ def test_what_is_no_lora(tmp_path, tiny_pipeline_dir):
     assert "holds no LoRA" in refusal(tmp_path, pipeline)
     save_file({"model.diffusion_model.out.0.weight": torch.ones(1)}, file)
     assert "holds no LoRA" in refusal(file, pipeline)
-    save_file({"lora_unet_x.dora_scale": torch.ones(1)}, file)
-    assert "DoRA in kohya's format" in refusal(file, pipeline)
+    for name, kind in (("dora_scale", "DoRA in kohya's format"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr")):
+        save_file({f"lora_unet_x.{name}": torch.ones(1)}, file)
+        assert f"is a {kind}, which diffusers does not read" in refusal(file, pipeline)
     diffusers_file(pipeline, file)
     file.write_bytes(file.read_bytes()[:-100])
     assert "LoRA weights cannot be read" in refusal(file, pipeline)

@@ -197,3 +197,14 @@ def test_a_network_that_fills_holes_is_refused(tmp_path):
     tiny_pixart(in_channels=9).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="takes 9 channels, and a latent has 4"):
         load(tmp_path)
+
+
+def test_an_exported_checkpoint_of_another_prediction_type_is_sampled_at_the_timesteps_of_the_run(tmp_path):
+    tiny_pixart().save_pretrained(tmp_path / "base")
+    denoiser = load(tmp_path / "base", full=True, prediction_type="v_prediction")
+    denoiser.export(tmp_path / "final")
+    again = load(tmp_path / "final")
+    assert again.schedule.prediction_type == "v_prediction"
+    ours, theirs = denoiser.make_sampler(EXACT), again.make_sampler(EXACT)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    assert torch.equal(ours.previous, theirs.previous)

@@ -143,3 +143,10 @@ def test_a_solver_that_is_not_of_a_flow_is_refused(tmp_path):
 def test_a_sampler_of_diffusion_is_refused(folder):
     with pytest.raises(ConfigError, match="ddim is for variance-preserving"):
         load(folder, resolution=SIDE).make_sampler(SamplerConfig())
+
+
+def test_a_network_that_takes_the_guidance_scale_is_refused(tmp_path):
+    tiny_sana(guidance_embeds=True).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="takes the guidance scale as an input") as caught:
+        load(tmp_path, resolution=SIDE)
+    assert "Sana-Sprint" in caught.value.why

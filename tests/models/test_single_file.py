@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,11 +167,59 @@ def test_every_weight_of_a_single_file_arrives(part, tiny_pipeline_dir, tmp_path
         torch.testing.assert_close(found[key], value, msg=key)
 
 
-def test_a_single_file_with_a_weight_missing_is_refused(tiny_pipeline_dir, tmp_path):
+MISSING = {
+    "model.diffusion_model.time_embed.0.weight": "lacks some of the weights",
+    "first_stage_model.decoder.conv_in.bias": "lacks some of the weights",
+    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (
+        r"the text_encoder lacks 1 of its weights: encoder.layers.0.mlp.fc1.weight"
+    ),
+}
+
+
+def refusal(pipeline_dir: Path, file: Path, edit: Callable[[dict[str, Tensor]], object]) -> CheckpointError:
+    write_original_layout(StableDiffusionPipeline.from_pretrained(pipeline_dir), file)
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError) as caught:
+        load_denoiser(ModelConfig(path=str(file), single_file_config=str(pipeline_dir), lora=None))
+    assert caught.value.where == str(file)
+    return caught.value
+
+
+@pytest.mark.parametrize(("name", "message"), MISSING.items(), ids=["unet", "vae", "text_encoder"])
+def test_a_single_file_with_a_weight_missing_is_refused(name, message, tiny_pipeline_dir, tmp_path):
+    error = refusal(tiny_pipeline_dir, tmp_path / "model.safetensors", lambda weights: weights.pop(name))
+    assert re.search(message, error.what)
+    assert "meta" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.diffusion_model.extra.weight", "unet"),
+        ("model.diffusion_model.output_blocks.3.0.extra", "unet"),
+        ("first_stage_model.decoder.extra.bias", "vae"),
+    ],
+)
+def test_a_weight_of_a_single_file_that_is_left_over_is_named(name, part, tiny_pipeline_dir, tmp_path):
+    file = tmp_path / "model.safetensors"
+    error = refusal(tiny_pipeline_dir, file, lambda weights: weights.update({name: torch.ones(2)}))
+    assert error.what == f"the {part} has 1 weights that its model has no place for: {name}"
+
+
+def test_what_belongs_to_no_network_may_be_in_a_single_file(tiny_pipeline_dir, tmp_path):
+    """Published ones hold noise levels, moving averages and more."""
     file = tmp_path / "model.safetensors"
     write_original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir), file)
-    tensors = load_file(file)
-    del tensors["model.diffusion_model.time_embed.0.weight"]
-    save_file(tensors, file)
-    with pytest.raises(CheckpointError, match="lacks some of the weights"):
-        load_denoiser(ModelConfig(path=str(file), single_file_config=str(tiny_pipeline_dir), lora=None))
+    others = {"alphas_cumprod": torch.ones(3), "model_ema.decay": torch.tensor(0.9)}
+    save_file({**load_file(file), **others}, file)
+    load_denoiser(ModelConfig(path=str(file), single_file_config=str(tiny_pipeline_dir), lora=None))
+
+
+def test_a_single_file_whose_configuration_lacks_the_tokenizer_is_refused(tiny_pipeline_dir, tmp_path):
+    config, file = shutil.copytree(tiny_pipeline_dir, tmp_path / "config"), tmp_path / "model.safetensors"
+    shutil.rmtree(config / "tokenizer")
+    write_original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir), file)
+    with pytest.raises(CheckpointError, match="the tokenizer has no vocabulary"):
+        load_denoiser(ModelConfig(path=str(file), single_file_config=str(config), lora=None))

@@ -119,6 +119,17 @@ def test_a_size_that_the_model_cannot_take_is_refused(name, size, message):
         policy(name, size)
 
 
+@pytest.mark.parametrize("side", [None, (8, 12)])
+def test_a_checkpoint_that_does_not_say_the_side_of_its_pictures_needs_a_resolution(side):
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_to_config(sample_size=side)
+    family = family_of(type(pipeline).__name__)
+    with pytest.raises(ConfigError, match="does not say the size of its pictures"):
+        family(pipeline, ModelConfig(lora=None), device=torch.device("cpu"))
+    given = ModelConfig(lora=None, resolution=16)
+    assert family(pipeline, given, device=torch.device("cpu")).size == (16, 16)
+
+
 def test_a_square_is_written_as_ever():
     assert as_resolution((512, 512)) == 512
     assert as_resolution((512, 768)) == [512, 768]

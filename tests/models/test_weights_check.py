@@ -167,3 +167,32 @@ def test_the_variant_is_what_is_looked_at(folder):
     assert stored_names(folder / "transformer", "fp16") == set(weights)
     load(folder, variant="fp16")
     assert "transformer" in refusal(folder).what
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_3"])
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)], ids=["nothing", "config"])
+def test_a_tokenizer_without_its_files_is_refused_instead_of_an_empty_one(folder, part, left):
+    for file in (folder / part).iterdir():
+        if file.name not in left:
+            file.unlink()
+    error = refusal(folder)
+    assert error.what == f"the {part} has no vocabulary"
+    shutil.rmtree(folder / part)
+    assert refusal(folder).what == error.what
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
+def test_a_network_that_the_index_does_not_name_is_named(folder, part):
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), part: [None, None]}))
+    error = refusal(folder)
+    assert error.what == f"{folder} has no {part}"
+    assert "text_encoder_2" in error.why
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_weights_that_are_stored_quantised_are_refused(folder, part):
+    file = folder / part / "config.json"
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
+    assert "model.quantization" in refusal(folder).hint
