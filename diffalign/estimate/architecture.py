@@ -21,7 +21,7 @@ from diffalign.config_file import load_config
 from diffalign.errors import CheckpointError
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.families import require_supported
-from diffalign.models.loading import LORA_FILE
+from diffalign.models.lora_paths import LORA_FILE
 
 META = torch.device("meta")
 LIBRARIES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel",)}

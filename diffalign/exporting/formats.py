@@ -20,7 +20,7 @@ from diffalign.exporting.original import original_weights, require_original
 from diffalign.exporting.source import Loaded, RunResult, loaded_result
 from diffalign.exporting.target import MARK, check_target, target_file, target_folder
 from diffalign.model_card import write_card
-from diffalign.models.loading import LORA_FILE
+from diffalign.models.lora_paths import LORA_FILE
 from diffalign.models.lora_updates import merge, peft_config
 
 ONE_FILE = ("kohya", "single-file")

@@ -5,7 +5,6 @@ Only safetensors are read: pickle files can run code. Every refusal says what to
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +20,15 @@ from diffalign.config.sizes import Resolution
 from diffalign.errors import CheckpointError, DeviceError
 from diffalign.models.base import Denoiser
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
-from diffalign.models.families import family_of, networks_of, parts_of, require_supported
+from diffalign.models.families import family_of
 from diffalign.models.lora import TRAINED
 from diffalign.models.lora_files import read_lora
-from diffalign.models.lora_paths import LORA_FILE as LORA_FILE
+from diffalign.models.lora_paths import LORA_FILE
 from diffalign.models.lora_updates import merge, put_on
+from diffalign.models.pipeline_folder import PICKLE_SUFFIXES, first_line, load_parts
 from diffalign.models.single_file import load_single_file
-from diffalign.models.weights_check import require_all_weights, require_readable, require_tokenizers
 
-PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PART_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
-"""Libraries that a model_index.json may take its parts from; stable_diffusion is diffusers' old safety checker."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -184,21 +180,19 @@ def load_pipeline(config: ModelConfig) -> Any:
             return _with_lora(path)
         if path.is_file():
             return load_single_file(path, config)
-        if path.is_dir():
-            return _load_folder(str(path), config, *_check_folder(path, config))
-        return _load_hub(config)
+        return load_parts(path, config)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"cannot load a checkpoint from {config.path}",
             where=str(path),
-            why=_first_line(error),
+            why=first_line(error),
             hint="a truncated or mixed-up file looks like this: download it again, or try `diffalign doctor`",
         ) from error
     except ImportError as error:
         raise CheckpointError(
             f"{config.path} needs a package that is not there",
             where=str(path),
-            why=_first_line(error),
+            why=first_line(error),
             hint="weights that are stored quantised do: give the plain checkpoint, with model.quantization",
         ) from error
     except Exception as error:
@@ -206,7 +200,7 @@ def load_pipeline(config: ModelConfig) -> Any:
             raise
         raise CheckpointError(
             f"a weight file of {config.path} is damaged",
-            why=_first_line(error),
+            why=first_line(error),
             hint="download or export it again",
         ) from error
 
@@ -216,109 +210,3 @@ def _with_lora(final: Path) -> Any:
     pipeline = load_pipeline(_base_of(final))
     _fuse_adapter(pipeline, final / LORA_FILE)
     return pipeline
-
-
-def _check_folder(path: Path, config: ModelConfig) -> tuple[type[DiffusersDenoiser], list[str]]:
-    """The family of a folder that has all its weights as safetensors, and the text encoders that it does without."""
-    index_file = path / "model_index.json"
-    if not index_file.is_file():
-        raise CheckpointError(
-            f"{config.path} is not a diffusers checkpoint",
-            where=str(index_file),
-            why="a diffusers folder has a model_index.json",
-            hint="give the folder that save_pretrained wrote, a hub id, or a single .safetensors file",
-        )
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index_file} is not JSON", why=_first_line(error)) from error
-    family, without = _check_index(index, config, index_file)
-    for part in networks_of(family):
-        if part in without:
-            continue
-        files = [file.suffix for file in (path / part).glob("*")] if (path / part).is_dir() else []
-        if ".safetensors" in files:
-            require_readable(path / part)
-            continue
-        pickled = any(suffix in PICKLE_SUFFIXES for suffix in files)
-        raise CheckpointError(
-            f"{config.path} has no safetensors weights for its {part}",
-            where=str(path / part),
-            why="only pickle files are there, and those can run code"
-            if pickled
-            else "the weights are missing",
-            hint="save the pipeline again with save_pretrained(folder, safe_serialization=True)",
-        )
-    return family, without
-
-
-def _check_index(index: Any, config: ModelConfig, file: Path) -> tuple[type[DiffusersDenoiser], list[str]]:
-    """The family, and the text encoders that it does without, of a pipeline of ours.
-
-    Its parts must be of known libraries: diffusers imports whatever module the index names.
-    """
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    family = require_supported(name, config, file)
-    for part, value in index.items():
-        if isinstance(value, list) and (not value or value[0] not in PART_LIBRARIES):
-            raise CheckpointError(
-                f"the {part} of {config.path} comes from a library that checkpoints may not name",
-                where=str(file),
-                why=f"{value}; known are {', '.join(filter(None, PART_LIBRARIES))}",
-            )
-    absent = [part for part in networks_of(family) if index.get(part) in (None, [None, None])]
-    needed = [part for part in absent if part not in family.optional_encoders]
-    if needed:
-        raise CheckpointError(
-            f"{config.path} has no {', '.join(needed)}",
-            where=str(file),
-            why=f"a {family.__name__} is made of {', '.join(networks_of(family))}",
-            hint="give a text-to-picture base model; a refiner, which has one text encoder, is not one",
-        )
-    return family, absent
-
-
-def _load_folder(path: str, config: ModelConfig, family: type[DiffusersDenoiser], without: list[str]) -> Any:
-    absent = {name: None for part in without for name in parts_of(part)}
-    pipeline = family.pipeline_class.from_pretrained(
-        path,
-        revision=config.revision,
-        variant=config.variant,
-        dtype=torch.float32,
-        use_safetensors=True,
-        **family.load_options,
-        **absent,
-    )
-    require_all_weights(pipeline, networks_of(family), config.variant)
-    require_tokenizers(pipeline, family.encoder_names)
-    return pipeline
-
-
-def _load_hub(config: ModelConfig) -> Any:
-    parts = config.path.split("/")
-    if config.path.startswith((".", "/", "~")) or len(parts) != 2 or not all(parts):
-        raise CheckpointError(
-            f"{config.path} does not exist",
-            where=f"model.path = {config.path}",
-            hint="give an existing folder or file, a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, "
-            "or bundled:tiny-sd",
-        )
-    from huggingface_hub import hf_hub_download
-
-    try:
-        index = Path(hf_hub_download(config.path, "model_index.json", revision=config.revision))
-    except Exception as error:
-        raise CheckpointError(
-            f"{config.path} is neither a local path nor a hub model that can be read",
-            where=f"model.path = {config.path}"
-            + (f", revision {config.revision}" if config.revision else ""),
-            why=_first_line(error),
-            hint="check the spelling and the network; a gated model needs `hf auth login`",
-        ) from error
-    checked = _check_index(json.loads(index.read_text(encoding="utf-8")), config, index)
-    return _load_folder(config.path, config, *checked)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

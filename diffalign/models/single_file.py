@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import safe_open
@@ -18,11 +20,14 @@ from transformers import PreTrainedModel
 from diffalign.assets import resolve
 from diffalign.config import ModelConfig
 from diffalign.errors import CheckpointError
+from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.families import networks_of, parts_of, pipeline_of_file, require_supported
+from diffalign.models.pipeline_folder import check_parts, first_line, load_parts
 from diffalign.models.weights_check import require_match, require_tokenizers
 
 NETWORK = "model.diffusion_model."
 VAE = ("first_stage_model.", "vae.")
+ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 """How names begin in a single file."""
 T5 = "text_encoders.t5xxl."
 
@@ -48,22 +53,53 @@ def load_single_file(path: Path, config: ModelConfig) -> Any:
         options |= {name: None for part in family.optional_encoders for name in parts_of(part)}
     try:
         pipeline = family.pipeline_class.from_single_file(str(path), dtype=torch.float32, **options)
-    except (
-        NotImplementedError,
-        SingleFileComponentError,
-    ) as error:  # a weight, or a whole network, is not in it
-        raise CheckpointError(
-            f"{config.path} lacks some of the weights of its pipeline",
-            where=str(path),
-            why="the denoising network or the VAE is not whole"
-            if isinstance(error, NotImplementedError)
-            else str(error).splitlines()[0],
-            hint="a file with the denoising network alone (flux1-dev.safetensors) or a LoRA (model.adapters) does not "
-            "do: give a full checkpoint or a diffusers folder, or the matching model.single_file_config",
-        ) from error
+    except SingleFileComponentError as error:  # a whole network is not in it
+        if config.single_file_config is None or _has_encoder_or_vae(path):
+            raise _incomplete(path, config, first_line(error)) from error
+        return _load_network(path, family, config, config.single_file_config)
+    except NotImplementedError as error:
+        raise _incomplete(path, config, "the denoising network or the VAE is not whole") from error
     _require_whole(pipeline, networks_of(family), path)
     require_tokenizers(pipeline, family.encoder_names)
     return pipeline
+
+
+def _load_network(path: Path, family: type[DiffusersDenoiser], config: ModelConfig, base: str) -> Any:
+    """The pipeline `base` with the denoising network of the file, which is all that it holds (as FLUX.1's does)."""
+    folder = resolve(base)
+    source = str(folder) if folder.is_dir() else base
+    named = DiffusionPipeline.load_config(source)[family.network_name]
+    kind = named[-1] if isinstance(named, list | tuple) else None
+    if kind not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise CheckpointError(
+            f"model.single_file_config: {base} has no {family.network_name} that a single file could hold",
+            why=f"its model_index.json names {kind}",
+            hint="give the folder or hub id of the base model that the file was made from",
+        )
+    own = config.model_copy(update={"path": base, "revision": None, "variant": None})
+    check_parts(folder, own, [family.network_name])
+    network = getattr(diffusers, str(kind)).from_single_file(
+        str(path), config=source, subfolder=family.network_name, dtype=torch.float32
+    )
+    pipeline = load_parts(folder, own, **{family.network_name: network})
+    _require_whole(pipeline, [family.network_name], path)
+    return pipeline
+
+
+def _incomplete(path: Path, config: ModelConfig, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{config.path} lacks some of the weights of its pipeline",
+        where=str(path),
+        why=why,
+        hint="a LoRA goes to model.adapters; beside a file with the denoising network alone (flux1-dev.safetensors), "
+        "model.single_file_config names the folder or hub id that has the rest",
+    )
+
+
+def _has_encoder_or_vae(path: Path) -> bool:
+    """Whether a single file holds more than a denoising network."""
+    with safe_open(path, framework="pt") as file:
+        return any(name.startswith((*VAE, *ENCODERS)) for name in file.keys())  # noqa: SIM118
 
 
 def _has_t5(path: Path) -> bool:
