@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from clip import train_aesthetic, train_clip
 from denoiser import train_denoiser, write_half_precision
-from pairs import write_pairs
+from pairs import write_pairs, write_rendered_pairs
 from vae import train_vae
 from world import write_pictures, write_prompts
 
@@ -41,6 +41,7 @@ def main() -> None:
     )
     write_pairs(assets / "tiny-sd", assets / "pairs.parquet")
     write_pictures(assets / "images.parquet", 1500, seed=3, splits=("train",))
+    write_rendered_pairs(assets / "tiny-sd", assets / "images.parquet", assets / "pairs_rendered.parquet")
     write_prompts(assets / "prompts")
 
 

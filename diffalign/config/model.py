@@ -27,7 +27,8 @@ class ModelConfig(Options):
     zero_terminal_snr: bool | None = None
     """Rescale betas to zero terminal SNR (Lin et al. 2023). Default: the checkpoint's own setting."""
     single_file_config: str | None = None
-    """Folder or hub id with a single file's configuration and tokenizer. Default: diffusers' guess (hub)."""
+    """Folder or hub id with a single file's configuration and tokenizer, and with all that a file of the network
+    alone has not. Default: diffusers' guess (hub)."""
     lora: LoRAConfig | None = LoRAConfig()
     """Train an adapter; null trains all weights of the denoising network."""
     adapters: list[AdapterConfig] = []
