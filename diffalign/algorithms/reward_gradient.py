@@ -31,7 +31,7 @@ from diffalign.config import (
     SamplerConfig,
 )
 from diffalign.data.prompts import PromptSource, load_prompts
-from diffalign.errors import ConfigError, NumericsError
+from diffalign.errors import ConfigError, NumericsError, RewardError
 from diffalign.losses.base import LossOutput
 from diffalign.losses.reward_gradient import reward_ascent, reward_hinge, with_divergence
 from diffalign.models.base import Conditioning, Denoiser
@@ -251,7 +251,11 @@ def _require_noise(config: RewardGradientConfig, sampler: Sampler) -> None:
 
 def open_data(config: RewardGradientRun, reward: RewardMixture | None) -> PromptSource:
     if reward is not None:
-        reward.require_gradients(config.algorithm.name)
+        try:
+            reward.require_gradients(config.algorithm.name)
+        except RewardError as error:
+            error.what = f"rewards: {error.what}"  # the option whose line is added to the message
+            raise
     return PromptSource(load_prompts(config.data.path), config.seed)
 
 

@@ -28,6 +28,24 @@ def test_a_wrong_option_stops_the_run_before_anything_is_written(capsys, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reward_without_gradient_is_refused_with_the_line_that_lists_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        "algorithm: {name: refl}\n"
+        "data: {path: 'bundled:prompts/shapes_train.txt'}\n"
+        "model: {path: 'bundled:tiny-sd'}\n"
+        "rewards: [{name: jpeg_compressibility}]\n"
+        "sampler: {kind: ddim, eta: 0}\n"
+    )
+    assert main(["train", "mine.yaml", "--output-dir", "run"]) == 6
+    shown = capsys.readouterr().err
+    assert (
+        "error: rewards: refl follows the gradient of the reward, and jpeg_compressibility has none" in shown
+    )
+    assert "where: mine.yaml:4" in shown
+    assert not Path("run").exists()
+
+
 def test_an_unknown_flag_of_the_command_suggests_one(capsys):
     assert main(["train", "sd15/sft", "--reume"]) == 2
     shown = capsys.readouterr()
