@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffalign.config import Run
-from diffalign.config_file import dump_config
+from diffalign.config_file import dump_config, load_config
 from diffalign.errors import ConfigError
 from diffalign.training.changes import check_changes
 from diffalign.training.checkpoint import (
@@ -75,7 +75,8 @@ def _find(
     else:
         found = read_newest(folder.checkpoints, say)
     before = found[1].state["processes"] if found else world
-    old, new = folder.config.read_text(encoding="utf-8"), dump_config(config)
+    old = dump_config(load_config(folder.config))  # what an earlier version did not know yet has its default
+    new = dump_config(config)
     notes = check_changes(old, new, processes=(before, world), allow=allow)
     if found and before != world and Place.of(found[0]).cut:
         say(

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -170,6 +171,16 @@ def test_resuming_with_another_configuration_is_refused(data, tiny_pipeline_dir,
     with pytest.raises(ConfigError, match="not the one") as caught:
         align(other, tmp_path / "run", resume="must")
     assert "learning_rate: 0.5" in caught.value.why
+
+
+def test_a_run_of_a_version_that_knew_fewer_options_goes_on(data, tiny_pipeline_dir, tmp_path):
+    config, run = make(data, tiny_pipeline_dir, "sft"), tmp_path / "run"
+    align(config, run)
+    old = yaml.safe_load((run / "config.yaml").read_text())
+    del old["model"]["adapters"], old["training"]["optimizer"]
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    align(config, run, resume="must")
+    assert yaml.safe_load((run / "config.yaml").read_text()) == old
 
 
 def test_a_folder_in_use_is_refused_and_untouched(data, tiny_pipeline_dir, tmp_path):
