@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.base import Algorithm, Context
-from diffalign.algorithms.latents import Latents, Shapes, draw_noise, require_sizes, say_buckets
+from diffalign.algorithms.latents import Latents, draw_noise, require_sizes, say_buckets
 from diffalign.config import KTOConfig, KTORun
 from diffalign.data.buckets import Buckets, bucket_sizes
 from diffalign.data.labelled import LabelledImages
@@ -65,16 +65,15 @@ class KTO(Algorithm):
         buckets: Buckets | None = None,
     ) -> None:
         self.config, self.denoiser, self.images, self.context = config, denoiser, images, context
-        shapes = Shapes(len(images), denoiser, buckets)
         self._latents = Latents(
-            lambda index: images.load(index, shapes.size(index))[None],
+            lambda index, size: images.load(index, size)[None],
             len(images),
             denoiser,
             context,
             cached=cache_latents,
             buckets=buckets,
         )
-        self._order = Order(shapes.groups, config.batch_size, context.seed)
+        self._order = Order(self._latents.shapes.groups, config.batch_size, context.seed)
         warning = imbalance(config, images.labels)
         if warning is not None:
             context.say(warning)

@@ -41,14 +41,6 @@ class Shapes:
             return None
         return torch.cat([self._buckets.told(index) for index in indices])
 
-    def places(self) -> dict[int, tuple[int, int]]:
-        """Each item -> the number of its group, and its place in that."""
-        return {
-            item: (number, place)
-            for number, group in enumerate(self.groups)
-            for place, item in enumerate(group)
-        }
-
 
 def require_sizes(denoiser: Denoiser, buckets: Buckets | None) -> None:
     """Raises ConfigError where the model cannot take the size of a bucket that has items."""
@@ -71,16 +63,17 @@ class Latents:
     For an item with an unreadable picture another one stands in, by `Substitutes`.
 
     Args:
-        load: the pictures of item `index`, [k, 3, H, W] in [0, 1]; raises DataError where one cannot be read.
+        load: the pictures of an item at a size, [k, 3, height, width] in [0, 1]; raises DataError where one cannot be
+            read.
         count: items in all.
         cached: encode all of them now.
-        buckets: `load` gives the pictures of an item at the size of its bucket; items that are taken together must be
-            of one.
+        buckets: of these items, which says their sizes; those that are taken together must be of one. None: all are of
+            the denoiser's size.
     """
 
     def __init__(
         self,
-        load: Callable[[int], Tensor],
+        load: Callable[[int, Size], Tensor],
         count: int,
         denoiser: Denoiser,
         context: Context,
@@ -90,7 +83,13 @@ class Latents:
     ) -> None:
         self._denoiser, self._poll = denoiser, context.poll
         self.shapes = Shapes(count, denoiser, buckets)
-        self._readable = Substitutes(load, count, context.seed, context.say, self.shapes.mates)
+        self._readable = Substitutes(
+            lambda index: load(index, self.shapes.size(index)),
+            count,
+            context.seed,
+            context.say,
+            self.shapes.mates,
+        )
         self._read: set[int] = set()
         self._cached: dict[int, Tensor] | None = None
         if cached:

@@ -55,10 +55,13 @@ class LatentPairs:
         self.pairs, self.denoiser, self._poll = pairs, denoiser, context.poll
         self.shapes = Shapes(len(pairs), denoiser, pairs.buckets)
         self._readable = Substitutes(self._read, len(pairs), context.seed, context.say, self.shapes.mates)
-        self._cached: list[tuple[Tensor, Tensor]] | None = None
+        self._cached: dict[int, tuple[Tensor, Tensor]] | None = None
         if cached and len(pairs):
-            self._places = self.shapes.places()
-            self._cached = [self._encode(group) for group in self.shapes.groups]
+            self._cached = {
+                index: (winner, loser)
+                for group in self.shapes.groups
+                for index, winner, loser in zip(group, *self._encode(group), strict=True)
+            }
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -96,9 +99,7 @@ class LatentPairs:
     def latents(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Preferred and rejected latents, each [len(indices), C, H, W], on the denoiser's device."""
         if self._cached is not None:
-            first, second = self._cached[self._places[indices[0]][0]]
-            rows = [self._places[index][1] for index in indices]
-            winners, losers = first[rows], second[rows]
+            winners, losers = map(torch.stack, zip(*(self._cached[index] for index in indices), strict=True))
         else:
             winners, losers = self._encode(indices)
         return winners.to(self.denoiser.device), losers.to(self.denoiser.device)

@@ -162,10 +162,7 @@ def build(
         )
         return RankDPO(config.algorithm, denoiser, prompts, latents, scores, context)
 
-    def read(index: int) -> Tensor:
-        return data.load(index, denoiser.size)
-
-    latents = Latents(read, len(data), denoiser, context, cached=config.data.cache_latents)
+    latents = Latents(data.load, len(data), denoiser, context, cached=config.data.cache_latents)
     if data.scores is None:
         assert reward is not None
         with context.meter.phase("reward"):

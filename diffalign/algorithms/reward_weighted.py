@@ -88,7 +88,7 @@ class RewardWeightedData(Algorithm):
             f"{float((weights * rewards).sum() / weights.sum()):.4g}, as certain as "
             f"{self._metrics['weights/effective_share']:.0%} of them weighted alike"
         )
-        return WeightedPool(self._pictures.take, self._pictures.caption, weights, self.context.seed)
+        return WeightedPool(self._pictures.batch, self._pictures.caption, weights, self.context.seed)
 
     def _rewards(self) -> Tensor:
         """[N] float32 on the CPU; scored now, unless a resumed run has the scores."""
@@ -120,7 +120,7 @@ class RewardWeightedData(Algorithm):
             for start in range(done, share, size):
                 context.poll()
                 chunk = mine[start : start + size]
-                pictures = torch.stack([self._pictures.picture(index) for index in chunk]).to(self._device)
+                pictures = torch.cat([self._pictures.pictures(index) for index in chunk]).to(self._device)
                 captions = [self._pictures.caption(index) for index in chunk]
                 try:
                     scores = self.reward(pictures, captions).components

@@ -5,72 +5,48 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffalign.algorithms.base import Algorithm, Context
-from diffalign.algorithms.latents import Shapes, require_sizes, say_buckets
+from diffalign.algorithms.latents import Latents, require_sizes, say_buckets
 from diffalign.algorithms.points import PointBatch, Points, join
 from diffalign.config import SFTConfig, SFTRun
 from diffalign.data.buckets import bucket_sizes
 from diffalign.data.images import CaptionedImages
 from diffalign.data.order import Order, batch_positions
-from diffalign.data.substitutes import Substitutes
 from diffalign.losses.base import LossOutput
 from diffalign.models.base import Denoiser
 from diffalign.rewards import RewardMixture
 from diffalign.seeding import derive_seed
 
-ENCODE_BATCH = 16
 
-
-class CaptionedLatents:
-    """Captioned pictures as latents: encoded once and kept on the CPU, or encoded at each use.
-
-    For an unreadable picture another one stands in, caption and all, by `Substitutes`. Where the pictures are sorted
-    into buckets, those that are taken together must be of one.
-    """
+class CaptionedLatents(Latents):
+    """Latents of captioned pictures; an unreadable one is replaced with its caption."""
 
     def __init__(
         self, images: CaptionedImages, denoiser: Denoiser, context: Context, *, cached: bool
     ) -> None:
-        self._images, self._denoiser, self._poll = images, denoiser, context.poll
-        self.shapes = Shapes(len(images), denoiser, images.buckets)
-        self._readable = Substitutes(self._read, len(images), context.seed, context.say, self.shapes.mates)
-        self._cached: list[Tensor] | None = None
-        if cached:
-            self._places = self.shapes.places()
-            with context.meter.phase("encoding"):
-                self._cached = [self._encode(group) for group in self.shapes.groups]
+        super().__init__(
+            lambda index, size: images.load(index, size)[None],
+            len(images),
+            denoiser,
+            context,
+            cached=cached,
+            buckets=images.buckets,
+        )
+        self._images = images
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def _read(self, index: int) -> Tensor:
-        return self._images.load(index, self.shapes.size(index))
-
-    def picture(self, index: int) -> Tensor:
-        """[3, H, W] in [0, 1]."""
-        self._poll()
-        return self._readable.load(index)
-
     def caption(self, index: int) -> str:
-        """Of the picture that `picture` or `take` gave."""
-        return self._images.caption(self._readable.index(index))
+        """Of the picture that is used for `index`."""
+        return self._images.caption(self.index(index))
 
-    def take(self, indices: Sequence[int]) -> Tensor:
+    def batch(self, indices: Sequence[int]) -> Tensor:
         """Latents [N, C, H, W] on the denoiser's device."""
-        if self._cached is None:
-            return self._encode(indices).to(self._denoiser.device)
-        group = self._places[indices[0]][0]
-        rows = [self._places[index][1] for index in indices]
-        return self._cached[group][rows].to(self._denoiser.device)
-
-    def _encode(self, indices: Sequence[int]) -> Tensor:
-        return self._denoiser.encode_in_batches(indices, self.picture, ENCODE_BATCH)
-
-    def told(self, indices: Sequence[int]) -> Tensor | None:
-        """What a network may be told of the sizes of the pictures that `take` gave, see `Shapes.told`."""
-        return self.shapes.told([self._readable.index(index) for index in indices])
+        return torch.cat(self.take(indices))
 
 
 class SFT(Algorithm):
@@ -113,7 +89,7 @@ class SFT(Algorithm):
     def _batch_of(self, pictures: CaptionedLatents, order: Order, points: Points, step: int) -> PointBatch:
         context = self.context
         indices = order.indices(step, context.rank, context.world)
-        x0 = pictures.take(indices)
+        x0 = pictures.batch(indices)
         return points.batch(
             x0,
             [pictures.caption(index) for index in indices],

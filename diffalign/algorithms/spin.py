@@ -66,16 +66,19 @@ class SPIN(Algorithm):
     ) -> None:
         self.config, self.denoiser, self.images, self.context = config, denoiser, images, context
         self.sampler = denoiser.make_sampler(sampler)
-        self._latents = Latents(self._read, len(images), denoiser, context, cached=cache_latents)
+        self._latents = Latents(
+            lambda index, size: images.load(index, size)[None],
+            len(images),
+            denoiser,
+            context,
+            cached=cache_latents,
+        )
         self.snapshot = PolicySnapshot(denoiser.trainable_parameters())
         self._generation = -1  # that the snapshot is of
         self._planned = -1  # that the next three are of
         self._first_use: dict[int, int] = {}  # picture -> step
         self._blocks: dict[int, list[int]] = {}  # picture -> pictures that are sampled with it
         self._losers: dict[int, Tensor] = {}
-
-    def _read(self, index: int) -> Tensor:
-        return self.images.load(index, self.denoiser.size)[None]
 
     def updates(self, iteration: int) -> Iterator[list[SelfPlayBatch]]:
         accumulation = self.config.gradient_accumulation

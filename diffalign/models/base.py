@@ -6,7 +6,7 @@ Latents are NCHW and scaled to about unit variance; pictures are NCHW float32 in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,10 +128,3 @@ class Denoiser(ABC):
     @abstractmethod
     def prepare_training(self, *, gradient_checkpointing: bool, compile: bool) -> None:
         """Switch on what only training needs."""
-
-    def encode_in_batches(self, pictures: Sequence[int], load: Callable[[int], Tensor], size: int) -> Tensor:
-        """Latents [N, C, H, W] on the CPU of the pictures that `load` returns as [3, H, W]."""
-        chunks = [pictures[i : i + size] for i in range(0, len(pictures), size)]
-        with torch.no_grad():
-            latents = [self.encode_images(torch.stack([load(i) for i in chunk])).cpu() for chunk in chunks]
-        return torch.cat(latents)

@@ -9,7 +9,7 @@ from diffalign.algorithms.latents import Latents, draw_noise
 from diffalign.errors import DataError
 
 
-def load(index):
+def load(index, size):
     """Item i has i + 1 pictures of its own shade; the last one cannot be read."""
     if index == 2999:
         raise DataError("unreadable picture", where="row 2999")
