@@ -39,7 +39,7 @@ def main() -> None:
     shutil.copytree(
         work / "clip", assets / "clip", dirs_exist_ok=True, ignore=shutil.ignore_patterns("state*")
     )
-    write_pairs(assets / "tiny-sd", assets / "pairs.parquet")
+    write_pairs(assets / "tiny-sd", assets / "clip", assets / "pairs.parquet")
     write_pictures(assets / "images.parquet", 1500, seed=3, splits=("train",))
     write_rendered_pairs(assets / "tiny-sd", assets / "images.parquet", assets / "pairs_rendered.parquet")
     write_prompts(assets / "prompts")

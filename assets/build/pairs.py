@@ -1,8 +1,9 @@
 """Stage 5: preference pairs, judged by the verifier.
 
 Two of the bundled checkpoint's own samples of one prompt, the better one preferred; equally good ones are ties, a few
-of which are kept, as in preference sets from the wild. And renderings, preferred over the checkpoint's faulty
-samples of their captions: pairs whose winners are better than the checkpoint can draw.
+of which are kept, as in preference sets from the wild. The aesthetic head judges the same pairs in a column of its own:
+a taste that has nothing to do with the prompt. And renderings, preferred over the checkpoint's faulty samples of their
+captions: pairs whose winners are better than the checkpoint can draw.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffalign.config import SamplerConfig
+from diffalign.config import RewardConfig, SamplerConfig
 from diffalign.data.shapes import draw_prompts
 from diffalign.data.shapes_verifier import verify_batch
-from diffalign.images import to_pil
+from diffalign.images import open_image, to_pil, to_tensor
 from diffalign.models.loading import load_for_inference
+from diffalign.rewards import RewardMixture
 from diffalign.sampling import generate
 
 PROMPTS, PICTURES_PER_PROMPT, WANTED_PAIRS, WANTED_TIES = 400, 3, 400, 20
@@ -29,8 +31,8 @@ SAMPLER = SamplerConfig(steps=20, eta=0.0, guidance_scale=1.0)
 Row = tuple[str, bytes, bytes, float]
 
 
-def write_pairs(checkpoint: Path, file: Path) -> None:
-    """Sample, judge, write."""
+def write_pairs(checkpoint: Path, clip: Path, file: Path) -> None:
+    """Sample, judge, write. `clip`: folder of the small CLIP with its aesthetic head."""
     prompts = [p for p in draw_prompts(PROMPTS, "train", seed=11) for _ in range(PICTURES_PER_PROMPT)]
     denoiser = load_for_inference(str(checkpoint), device="cpu")
     pictures = to_pil(generate(denoiser, prompts, range(len(prompts)), SAMPLER, batch_size=64))
@@ -41,7 +43,8 @@ def write_pairs(checkpoint: Path, file: Path) -> None:
         rows = range(start, start + PICTURES_PER_PROMPT)
         for row in _judged(prompts[start], [pictures[i] for i in rows], [scores[i] for i in rows]):
             (ties if row[3] == 0.5 else pairs).append(row)
-    _write(pairs[:WANTED_PAIRS] + ties[:WANTED_TIES], file)
+    rows = pairs[:WANTED_PAIRS] + ties[:WANTED_TIES]
+    _write(rows, file, label_aesthetic=_aesthetic_labels(rows, clip))
 
 
 def write_rendered_pairs(checkpoint: Path, images: Path, file: Path) -> None:
@@ -60,11 +63,23 @@ def write_rendered_pairs(checkpoint: Path, images: Path, file: Path) -> None:
     _write(rows[:WANTED_PAIRS], file)
 
 
-def _write(rows: list[Row], file: Path) -> None:
-    """In Pick-a-Pic's columns (`caption, jpg_0, jpg_1, label_0`)."""
+def _write(rows: list[Row], file: Path, **labels: list[float]) -> None:
+    """In Pick-a-Pic's columns (`caption, jpg_0, jpg_1, label_0`), and those of other judges."""
     columns = zip(*rows, strict=True)
     table = dict(zip(("caption", "jpg_0", "jpg_1", "label_0"), map(list, columns), strict=True))
-    pq.write_table(pa.table(table), file, row_group_size=128)
+    pq.write_table(pa.table({**table, **labels}), file, row_group_size=128)
+
+
+def _aesthetic_labels(rows: list[Row], clip: Path) -> list[float]:
+    """1 where the aesthetic head prefers picture 0 as it is stored, else 0."""
+    options = {"checkpoint": str(clip), "head": str(clip / "aesthetic.safetensors")}
+    aesthetic = RewardMixture([RewardConfig(name="aesthetic", options=options)])
+    prompts = [row[0] for row in rows]
+    first, second = (
+        aesthetic(to_tensor([open_image(row[which], "a pair") for row in rows]), prompts).total
+        for which in (1, 2)
+    )
+    return (first > second).float().tolist()
 
 
 def _judged(prompt: str, pictures: list[Image.Image], scores: list[float]) -> Iterator[Row]:

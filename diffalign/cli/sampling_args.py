@@ -101,7 +101,8 @@ def picture_size(resolution: str | None) -> Resolution | None:
 
 
 def run_behind(checkpoints: Sequence[str]) -> Run | None:
-    """The configuration of the first run among the checkpoints, else of the bundled world, else None.
+    """The configuration of the first run among the checkpoints, and what they are guided away from, else of the bundled
+    world, else None.
 
     Raises:
         ConfigError: a run folder's config.yaml is damaged.
@@ -111,7 +112,7 @@ def run_behind(checkpoints: Sequence[str]) -> Run | None:
     from diffalign.cli.alignment_args import split_negative
     from diffalign.config_file import load_config
 
-    paths = [split_negative(checkpoint)[0] for checkpoint in checkpoints]
+    paths = [path for checkpoint in checkpoints for path in split_negative(checkpoint) if path is not None]
     for path in paths:
         folder = resolve(path)
         folder = folder.parent if folder.name == "final" else folder

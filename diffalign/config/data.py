@@ -37,6 +37,9 @@ class ImagesConfig(PicturesConfig):
 class PairsConfig(Options):
     path: Annotated[str, Field(min_length=1)]
     """Parquet with Pick-a-Pic columns (caption, jpg_0, jpg_1, label_0); jsonl (prompt, chosen, rejected)."""
+    label_column: Annotated[str, Field(min_length=1)] = "label_0"
+    """Column of the probability that picture 0 is preferred, where one set of pictures has labels of several judges.
+    The columns has_label and margin belong to label_0, and are left aside with another."""
     validation_path: str | None = None
     """Held-out pairs. Default: `validation_fraction` of `path`."""
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1

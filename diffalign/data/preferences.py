@@ -22,7 +22,9 @@ from diffalign.errors import DataError
 from diffalign.images import open_image, picture_size, resize_crop, to_tensor
 
 PROMPT_COLUMNS = ("caption", "prompt", "text")
-LABELLED = ("jpg_0", "jpg_1", "label_0")
+PICTURES = ("jpg_0", "jpg_1")
+LABEL = "label_0"
+LABELLED = (*PICTURES, LABEL)
 BINARIZED = ("chosen", "rejected")
 MARGIN = "margin"
 PROMPT_LISTS = (".txt", ".csv", ".tsv", ".json")
@@ -34,7 +36,8 @@ class PreferencePairs:
     Two layouts, in Parquet or jsonl: Pick-a-Pic's (`jpg_0, jpg_1, label_0`, where label_0 is the probability
     that picture 0 is preferred and a false `has_label` means a tie) and binarized (`chosen, rejected`); the
     prompt is in the first of `PROMPT_COLUMNS`. Pictures are read by `PairSet.load` only. A column `margin`, where there
-    is one, says how much better picture 0 (or the chosen one) is than the other, in calibrated rewards.
+    is one, says how much better picture 0 (or the chosen one) is than the other, in calibrated rewards. `label_column`
+    names another judge's labels of the same pictures; `has_label` and `margin` belong to `label_0`.
 
     Held out are the pairs of `validation_path`, or those of `path` whose prompt hashes below
     `validation_fraction`: pairs of one prompt (up to case and spaces) are on the same side, in every run.
@@ -56,11 +59,11 @@ class PreferencePairs:
     def __init__(
         self, config: PairsConfig, ties: Literal["drop", "soft"], sizes: Sequence[Size] | None = None
     ) -> None:
-        pairs = _Pairs.read(config.path)
+        pairs = _Pairs.read(config.path, config.label_column)
         rows = range(len(pairs.prompts))
         held_out: Sequence[int]
         if config.validation_path is not None:
-            validation = _Pairs.read(config.validation_path)
+            validation = _Pairs.read(config.validation_path, config.label_column)
             held_out, training = range(len(validation.prompts)), list(rows)
         else:
             validation = pairs
@@ -161,33 +164,35 @@ class _Pairs:
     margins: list[float] | None
 
     @classmethod
-    def read(cls, path: str) -> _Pairs:
+    def read(cls, path: str, label: str) -> _Pairs:
         _require_table(path)
         table = open_table(resolve(path))
         prompts = table.column(choose_column(PROMPT_COLUMNS, table.columns, path))
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise DataError("prompt is not text", where=table.where(row), why=f"got {prompt!r}")
-        if set(LABELLED) <= set(table.columns):
-            pictures, probabilities = (LABELLED[0], LABELLED[1]), _labels(table)
-        elif set(BINARIZED) <= set(table.columns):
+        if {*PICTURES, label} <= set(table.columns):
+            pictures, probabilities = PICTURES, _labels(table, label)
+        elif label == LABEL and set(BINARIZED) <= set(table.columns):
             pictures, probabilities = BINARIZED, [1.0] * len(table)
         else:
             raise DataError(
                 "not a table of preference pairs",
                 where=path,
                 why=f"found: {', '.join(table.columns)}",
-                hint=f"pairs need the columns {', '.join(LABELLED)}, or {', '.join(BINARIZED)}"
+                hint=f"pairs need the columns {', '.join((*PICTURES, label))}"
+                + (f", or {', '.join(BINARIZED)}" if label == LABEL else " (data.label_column)")
                 + _other_use(table.columns),
             )
         if isinstance(table, JsonTable):
             _require_files(table, pictures)
-        pairs = cls(table, prompts, probabilities, pictures, _margins(table))
+        margins = _margins(table) if label == LABEL else None
+        pairs = cls(table, prompts, probabilities, pictures, margins)
         if not pairs.decided(range(len(prompts))):
             raise DataError(
                 "every pair is a tie",
                 where=path,
-                why=f"label_0 is 0.5, or has_label is false, in all {len(prompts)} rows",
+                why=f"none of the {len(prompts)} rows prefers a picture, by {label}",
             )
         return pairs
 
@@ -239,9 +244,10 @@ def _margins(table: Table) -> list[float] | None:
     return margins
 
 
-def _labels(table: Table) -> list[float]:
-    labels = table.column("label_0")
-    labelled = table.column("has_label") if "has_label" in table.columns else [True] * len(labels)
+def _labels(table: Table, column: str) -> list[float]:
+    labels = table.column(column)
+    has_gaps = column == LABEL and "has_label" in table.columns
+    labelled = table.column("has_label") if has_gaps else [True] * len(labels)
     probabilities: list[float] = []
     for row, (label, counts) in enumerate(zip(labels, labelled, strict=True)):
         if not counts:
@@ -251,7 +257,7 @@ def _labels(table: Table) -> list[float]:
         else:
             raise DataError(
                 "label is not a probability",
-                where=f"{table.where(row)}, label_0",
+                where=f"{table.where(row)}, {column}",
                 why=f"got {label!r}; 1 means picture 0 is preferred, 0 picture 1, and 0.5 is a tie",
             )
     return probabilities

@@ -74,6 +74,30 @@ def test_pairs_without_a_label_are_ties(tmp_path: Path):
     assert [soft.probability(i) for i in range(3)] == [1.0, 0.5, 0.5]
 
 
+def test_another_judges_labels_have_their_own_column(tmp_path: Path):
+    path = write(
+        tmp_path / "a.parquet",
+        [1.0, 1.0, 0.0],
+        has_label=[True, False, True],
+        margin=[0.1, 0.2, 0.3],
+        label_model=[0.0, 1.0, 0.5],
+    )
+    people = PreferencePairs(whole(path), "drop").train
+    assert [levels(people, i) for i in range(len(people))] == [(0, 1), (5, 4)]
+    model = PreferencePairs(
+        PairsConfig(path=path, validation_fraction=0.0, label_column="label_model"), "drop"
+    ).train
+    assert [levels(model, i) for i in range(len(model))] == [(1, 0), (2, 3)]
+    assert (people.has_margins, model.has_margins) == (True, False)
+
+
+def test_a_label_column_that_is_missing_is_named_with_those_there(tmp_path: Path):
+    path = write(tmp_path / "a.parquet", [1.0])
+    error = error_of(PairsConfig(path=path, label_column="label_model"))
+    assert error.why == "found: caption, jpg_0, jpg_1, label_0"
+    assert error.hint == "pairs need the columns jpg_0, jpg_1, label_model (data.label_column)"
+
+
 def test_integer_labels_and_struct_pictures_are_read(tmp_path: Path):
     structs = [[{"bytes": png(level), "path": "x.jpg"}] for level in (10, 20)]
     path = write(tmp_path / "a.parquet", [0], jpg_0=structs[0], jpg_1=structs[1])

@@ -12,9 +12,12 @@ from diffalign_eval.command import named_checkpoints
 from diffalign_eval.store import Store, picture_key
 from safetensors.torch import load_file, save_file
 
+from diffalign.assets import find_config
 from diffalign.cli import main
 from diffalign.cli.alignment_args import parse_alignment, split_alignment, split_negative
+from diffalign.cli.sampling_args import BUNDLED_WORLD, run_behind
 from diffalign.config import RewardConfig
+from diffalign.config_file import load_config
 
 REWARDS = """\
 def brightness(images, prompts):
@@ -151,6 +154,16 @@ def test_a_negative_belongs_to_its_checkpoint_and_can_be_aligned_too():
         "tiny-sd+negative",
         "tiny-sd+negative+best-of-n",
     ]
+
+
+def test_a_run_that_is_only_guided_away_from_says_what_to_measure(tmp_path: Path):
+    (tmp_path / "final").mkdir()
+    shutil.copy(find_config("tiny/npo"), tmp_path / "config.yaml")
+    known = run_behind(["bundled:tiny-sd", f"bundled:tiny-sd+negative:{tmp_path}"])
+    assert known is not None
+    assert known.rewards == load_config("tiny/npo").rewards
+    no_run = [f"bundled:tiny-sd+negative:{tmp_path / 'gone'}"]
+    assert run_behind(no_run) == load_config(BUNDLED_WORLD["bundled:tiny-sd"])
 
 
 def test_a_checkpoint_guided_by_a_negative_draws_other_pictures(

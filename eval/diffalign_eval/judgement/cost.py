@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffalign.cli.alignment_args import split_negative
 from diffalign.errors import DataError
 from diffalign_eval.judgement.run_files import find_base_run, find_run, number, read_run, read_summary
 
@@ -127,16 +128,17 @@ def cost_of(checkpoint: str, path: str) -> Cost:
 
     Args:
         checkpoint: its name in the comparison.
-        path: a run folder, a run's `final/`, or anything else that can be compared.
+        path: a run folder, a run's `final/`, or anything else that can be compared; of CHECKPOINT+negative:PATH, the
+            runs behind both count.
 
     Raises:
         DataError: the runs start from each other in a circle.
     """
-    run = find_run(path)
-    if run is None:
+    runs = [run for part in split_negative(path) if part is not None and (run := find_run(part)) is not None]
+    if not runs:
         return Cost(checkpoint, holes=(f"cost: {path} is not the result of a training run",))
-    stages = [_Stage.read(folder) for folder in run_chain(run)]
-    return _add_up(checkpoint, stages)
+    folders = dict.fromkeys(folder for run in runs for folder in run_chain(run))
+    return _add_up(checkpoint, [_Stage.read(folder) for folder in folders])
 
 
 def run_chain(run: Path) -> list[Path]:

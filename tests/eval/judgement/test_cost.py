@@ -159,6 +159,17 @@ def test_a_gain_is_divided_by_what_was_spent_and_a_zero_is_no_divisor():
     assert cost.with_gains([]) == cost
 
 
+def test_what_a_checkpoint_is_guided_away_from_counts_too(tmp_path):
+    sft, ddpo = (run_folder(tmp_path / name, summary) for name, summary in (("sft", SFT), ("ddpo", DDPO)))
+    alone, both = (
+        cost_of("x", path) for path in (f"bundled:tiny-sd+negative:{ddpo}", f"{sft}+negative:{ddpo}")
+    )
+    assert alone == cost_of("x", str(ddpo))
+    assert alone.seconds == 140.0  # 200 - 60, as above
+    assert both.seconds == 60.0 + 140.0
+    assert both.stages == ("sft", "ddpo")
+
+
 def test_a_cost_is_strict_json(tmp_path):
     known = cost_of("ddpo", str(run_folder(tmp_path / "ddpo", DDPO))).with_gains([Gain("a", "b", 0.1)])
     for cost in (known, Cost("base", holes=("none",))):
