@@ -123,3 +123,9 @@ class DoesNotFit(DiffalignError):
     """An estimate that is above the memory there is; nothing is wrong with the run otherwise."""
 
     exit_code = 10
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without the rest; its class where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffalign import __version__
 from diffalign.errors import ConfigError, DiffalignError, StorageError
+from diffalign.layout import FINAL
 from diffalign.model_card import CARD, find_result, write_card
 from diffalign.redaction import REDACTED, redact
 
@@ -138,14 +139,14 @@ def _require_result(folder: Path) -> None:
     run = folder.resolve().parent
     is_run, is_in_run = (place / "config.yaml" for place in (folder, run))
     if is_run.is_file():
-        final = folder / "final"
+        final = folder / FINAL
         raise ConfigError(
             f"{folder} is a run, with its checkpoints and figures, and not a result",
             hint=f"push its result: {final}"
             if final.is_dir()
             else "finish it first: train again, same folder",
         )
-    if folder.resolve().name == "final" and is_in_run.is_file() and not (run / "summary.json").is_file():
+    if folder.resolve().name == FINAL and is_in_run.is_file() and not (run / "summary.json").is_file():
         raise ConfigError(
             f"the run of {folder} has not finished",
             where=str(run),

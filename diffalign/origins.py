@@ -18,9 +18,9 @@ from pydantic import Field
 
 from diffalign.assets import BUNDLED, resolve
 from diffalign.config import ModelConfig, Options
+from diffalign.layout import FINAL, LORA_FILE, PIPELINE_INDEX, result_in
 
 ORIGINS = "origins.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 READ_AT_MOST = 16 * 2**30
 """Bytes of a data set that are read for its hash; a larger one is known by the names and sizes of its files."""
 OPEN_AT_MOST = 20_000
@@ -106,13 +106,13 @@ def read_origins(run: Path) -> Origins | None:
 def find_base(config: ModelConfig, pipeline: str) -> BaseModel:
     """The checkpoint of a run's model section, which is there (it has just been loaded)."""
     path = resolve(config.path)
-    path = path / "final" if (path / "final").is_dir() else path
+    path = result_in(path)
     commit = None
     if not path.exists():
         path = _snapshot(config)
         commit = path.name
     files = hash_files(config.path, *_weights(path, config.variant), limit=None)
-    before = read_origins(path.parent) if path.name == "final" else None
+    before = read_origins(path.parent) if path.name == FINAL else None
     return BaseModel(
         files=files.model_copy(update={"licence": find_licence(path, config.path)}),
         pipeline=pipeline,
@@ -199,7 +199,7 @@ def _snapshot(config: ModelConfig) -> Path:
     """The folder of a hub model in the local cache, its card included where it can be had."""
     from huggingface_hub import hf_hub_download
 
-    index = hf_hub_download(config.path, "model_index.json", revision=config.revision, local_files_only=True)
+    index = hf_hub_download(config.path, PIPELINE_INDEX, revision=config.revision, local_files_only=True)
     snapshot = Path(index).parent
     with contextlib.suppress(Exception):  # without it the licence is not known, which the card says
         hf_hub_download(config.path, "README.md", revision=snapshot.name)
@@ -212,7 +212,7 @@ def _weights(path: Path, variant: str | None) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if (path / LORA_FILE).is_file():
         return path, [path / LORA_FILE]
-    index_file = path / "model_index.json"
+    index_file = path / PIPELINE_INDEX
     index = json.loads(index_file.read_text(encoding="utf-8"))
     files = [index_file]
     for part, library in index.items():

@@ -36,7 +36,8 @@ from diffalign.data.preferences import PreferencePairs
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import CheckpointError, DiffalignError
 from diffalign.images import FORMATS, open_image
-from diffalign.models.loading import LORA_FILE, load_for_inference
+from diffalign.layout import LORA_FILE
+from diffalign.models.loading import load_for_inference
 from diffalign.rewards import load_reward
 from diffalign.scoring.sources import open_pictures
 from diffalign.training.checkpoint import (

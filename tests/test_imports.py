@@ -22,6 +22,7 @@ LAYERS = [
         "seeding",
         "images",
         "result_folder",
+        "layout",
         "origins",
         "model_card",
         "hub",

@@ -28,6 +28,7 @@ import tyro
 
 from diffalign.cli.push import push_export
 from diffalign.cli.sampling_args import optional
+from diffalign.layout import FINAL, run_of
 
 if TYPE_CHECKING:
     from diffalign.exporting.source import Loaded, RunResult
@@ -81,14 +82,13 @@ def run(args: Args) -> None:
     for line in how_to_load(loaded, args.format, path):
         console.print(line)
     if args.push is not None:
-        is_finished = result.weights.name == "final" and (result.run / "summary.json").is_file()
-        push_export(path, args.push, result.run if is_finished else None)
+        push_export(path, args.push, result.run if result.is_finished else None)
 
 
 def default_path(result: RunResult, form: str, is_file: bool) -> Path:
     """RUN/export/FORMAT, or RUN/export/NAME.safetensors."""
     folder = result.run / "export"
-    step = "" if result.weights.name == "final" else f"-{result.weights.name}"
+    step = "" if result.weights.name == FINAL else f"-{result.weights.name}"
     if not is_file:
         return folder / f"{form}{step}"
     return folder / f"{result.name}{'-lora' if form == 'kohya' else ''}.safetensors"
@@ -146,5 +146,5 @@ def base_model(loaded: Loaded) -> tuple[str, bool]:
 
     path = loaded.result.config.model.path
     place = resolve(path)
-    folder = place.parent if place.name == "final" else place
+    folder = run_of(place)
     return str(place.resolve()) if place.exists() else path, (folder / "config.yaml").is_file()

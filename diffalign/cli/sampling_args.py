@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from diffalign.errors import ConfigError
+from diffalign.layout import FINAL, run_of
 
 if TYPE_CHECKING:
     from diffalign.config import Run, SamplerConfig
@@ -114,9 +115,8 @@ def run_behind(checkpoints: Sequence[str]) -> Run | None:
 
     paths = [path for checkpoint in checkpoints for path in split_negative(checkpoint) if path is not None]
     for path in paths:
-        folder = resolve(path)
-        folder = folder.parent if folder.name == "final" else folder
-        if (folder / "config.yaml").is_file() and (folder / "final").is_dir():
+        folder = run_of(resolve(path))
+        if (folder / "config.yaml").is_file() and (folder / FINAL).is_dir():
             return load_config(folder / "config.yaml")
     shipped = [BUNDLED_WORLD[path] for path in paths if BUNDLED_WORLD.get(path) in list_configs()]
     return load_config(shipped[0]) if shipped else None

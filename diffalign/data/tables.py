@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from diffalign.data.inside import inside
 from diffalign.data.textfiles import json_lines, require_file
-from diffalign.errors import DataError
+from diffalign.errors import DataError, first_line
 
 CACHE_BYTES = 512 * 2**20
 """Row groups kept in memory by one table; the latest is kept whatever its size."""
@@ -230,6 +230,4 @@ def _uncompressed_bytes(group: Any, names: tuple[str, ...]) -> int:
 
 
 def _damaged(where: str, error: Exception) -> DataError:
-    return DataError(
-        "Parquet file cannot be read", where=where, why=str(error).splitlines()[0] or repr(error)
-    )
+    return DataError("Parquet file cannot be read", where=where, why=first_line(error))

@@ -18,15 +18,14 @@ from transformers import BatchEncoding
 from diffalign.assets import resolve
 from diffalign.config import ModelConfig
 from diffalign.config_file import load_config
-from diffalign.errors import CheckpointError
+from diffalign.errors import CheckpointError, first_line
+from diffalign.layout import LORA_FILE, PIPELINE_INDEX, result_in
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.families import require_supported
-from diffalign.models.lora_paths import LORA_FILE
 
 META = torch.device("meta")
 LIBRARIES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel",)}
 """Library that a part may come from -> the base classes that it may have there."""
-INDEX = "model_index.json"
 
 
 class MetaTokenizer:
@@ -62,10 +61,10 @@ class Configuration:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        folder = _result_in(resolve(config.path))
+        folder = result_in(resolve(config.path))
         while (folder / LORA_FILE).is_file() and (folder.parent / "config.yaml").is_file():
             config = load_config(folder.parent / "config.yaml").model
-            folder = _result_in(resolve(config.path))
+            folder = result_in(resolve(config.path))
         self.path, self.revision = config.path, config.revision
         self._is_single_file = folder.is_file()
         if self._is_single_file:
@@ -96,7 +95,7 @@ class Configuration:
             raise CheckpointError(
                 f"{self.path} is neither a local path nor a hub model that can be read",
                 where=name,
-                why=_first_line(error),
+                why=first_line(error),
                 hint="check the spelling and the network; a gated model needs `hf auth login`",
             ) from error
 
@@ -110,7 +109,7 @@ class Configuration:
             raise CheckpointError(
                 f"{self.path} lacks {name}" if missing else f"{name} of {self.path} is not JSON",
                 where=str(file),
-                why=None if missing else _first_line(error),
+                why=None if missing else first_line(error),
                 hint="an estimate needs model_index.json and the configuration of every part, but no weights",
             ) from error
         if not isinstance(settings, dict):
@@ -133,8 +132,8 @@ def family_and_pipeline(config: ModelConfig, files: Configuration) -> tuple[type
     Raises:
         CheckpointError: of no supported family, a part that is missing, or one whose configuration builds nothing.
     """
-    index = files.read(INDEX)
-    family = require_supported(index.get("_class_name"), config, files.file(INDEX))
+    index = files.read(PIPELINE_INDEX)
+    family = require_supported(index.get("_class_name"), config, files.file(PIPELINE_INDEX))
     parts: dict[str, Any] = {
         name: _part(files, name, index.get(name))
         for name in ("scheduler", family.network_name, "vae", *family.encoder_names)
@@ -152,13 +151,8 @@ def family_and_pipeline(config: ModelConfig, files: Configuration) -> tuple[type
         return family, family.pipeline_class(**{**scalars, **options, **parts})
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(
-            f"the parts of {files.path} make no {index.get('_class_name')}", why=_first_line(error)
+            f"the parts of {files.path} make no {index.get('_class_name')}", why=first_line(error)
         ) from error
-
-
-def _result_in(folder: Path) -> Path:
-    """Of a run's folder its `final/`."""
-    return folder / "final" if (folder / "final").is_dir() else folder
 
 
 def _part(files: Configuration, name: str, named: Any) -> Any:
@@ -169,7 +163,7 @@ def _part(files: Configuration, name: str, named: Any) -> Any:
     if library not in LIBRARIES:
         raise CheckpointError(
             f"the {name} of {files.path} comes from a library that checkpoints may not name",
-            where=str(files.file(INDEX)),
+            where=str(files.file(PIPELINE_INDEX)),
             why=f"{named}; known are {', '.join(LIBRARIES)}",
         )
     module = importlib.import_module(library)
@@ -187,7 +181,7 @@ def _part(files: Configuration, name: str, named: Any) -> Any:
         raise CheckpointError(
             f"the configuration of the {name} of {files.path} builds no {kind}",
             where=str(files.file(f"{name}/config.json")),
-            why=f"{type(error).__name__}: {_first_line(error)}",
+            why=f"{type(error).__name__}: {first_line(error)}",
             hint="take the configuration files of the base model as they were published",
         ) from error
 
@@ -197,8 +191,3 @@ def _built(kind: Any, settings: dict[str, Any], *, of_transformers: bool) -> Any
         return kind.from_config(settings)
     with META:
         return kind(kind.config_class.from_dict(settings)) if of_transformers else kind.from_config(settings)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.config import Run
-from diffalign.errors import CheckpointError, DiffalignError
+from diffalign.errors import CheckpointError, DiffalignError, first_line
 from diffalign.estimate.architecture import META, Configuration, family_and_pipeline
 from diffalign.estimate.kernels import DeviceKind, Kernels, autocast, recompute_in
 from diffalign.models.base import Conditioning
@@ -116,7 +116,7 @@ def prompt_rows(denoiser: DiffusersDenoiser, rows: int) -> Mapping[str, Tensor]:
     except Exception as error:  # a network that looks at values, which the meta device does not have
         raise CheckpointError(
             f"the text encoders of {denoiser.config.path} cannot be followed by shapes alone",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            why=f"{type(error).__name__}: {first_line(error)}",
             hint="train for two iterations and read peak_memory_bytes in summary.json",
         ) from error
 

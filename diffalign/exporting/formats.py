@@ -19,8 +19,8 @@ from diffalign.exporting.metadata import header, kohya_header
 from diffalign.exporting.original import original_weights, require_original
 from diffalign.exporting.source import Loaded, RunResult, loaded_result
 from diffalign.exporting.target import MARK, check_target, target_file, target_folder
+from diffalign.layout import LORA_FILE
 from diffalign.model_card import write_card
-from diffalign.models.lora_paths import LORA_FILE
 from diffalign.models.lora_updates import merge, peft_config
 
 ONE_FILE = ("kohya", "single-file")
@@ -189,7 +189,7 @@ def _mark(loaded: Loaded, form: str, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _describe(result: RunResult, folder: Path, warn: Callable[[str], None]) -> None:
-    if result.weights.name != "final" or not (result.run / "summary.json").is_file():
+    if not result.is_finished:
         return
     try:
         write_card(folder, result.run)

@@ -14,7 +14,8 @@ from diffalign.config import AdapterConfig, ModelConfig, Run
 from diffalign.config_file import load_config
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.exporting.target import writing
-from diffalign.models.loading import LORA_FILE, load_denoiser
+from diffalign.layout import FINAL, LORA_FILE, run_of
+from diffalign.models.loading import load_denoiser
 from diffalign.models.lora_files import read_lora
 from diffalign.models.lora_updates import Updates
 from diffalign.training.checkpoint import list_checkpoints
@@ -41,7 +42,12 @@ class RunResult:
     def name(self) -> str:
         """The run's, and of a checkpoint also its step."""
         run = self.run.resolve().name
-        return run if self.weights.name == "final" else f"{run}-{self.weights.name}"
+        return run if self.weights.name == FINAL else f"{run}-{self.weights.name}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is what the run ended with, so that there are figures of it."""
+        return self.weights.name == FINAL and (self.run / "summary.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def find_result(path: str) -> RunResult:
         CheckpointError: a run that has no result yet.
     """
     folder = resolve(path)
-    run = run_of_step(path) or (folder.parent if folder.name == "final" else folder)
+    run = run_of_step(path) or run_of(folder)
     if not (run / "config.yaml").is_file():
         raise ConfigError(
             f"{path} is not a run",
@@ -93,7 +99,7 @@ def find_result(path: str) -> RunResult:
     config = load_config(run / "config.yaml")
     if run_of_step(path) is not None:
         return RunResult(run, folder, config, config.model.lora is not None)
-    final = run / "final"
+    final = run / FINAL
     if not final.is_dir():
         raise _unfinished(run)
     return RunResult(run, final, config, (final / LORA_FILE).is_file())
@@ -109,8 +115,8 @@ def loaded_result(result: RunResult) -> Iterator[Loaded]:
     """
     with TemporaryDirectory(prefix="diffalign-export-") as folder:
         files = result.weights
-        if files.name != "final":
-            files = Path(folder) / "final"
+        if files.name != FINAL:
+            files = Path(folder) / FINAL
             policy = load_policy(str(result.weights), device="cpu")
             with writing(files):
                 policy.export(files)
@@ -139,7 +145,7 @@ def _unfinished(run: Path) -> CheckpointError:
     go_on = f"wait for it, or go on with it: diffalign train {run / 'config.yaml'} --output-dir {run}"
     return CheckpointError(
         f"{run} has no result yet",
-        where=str(run / "final"),
+        where=str(run / FINAL),
         why="a run writes final/ when it ends",
         hint=go_on + (f"\nor export a checkpoint of it: {kept[-1]}" if kept else ""),
     )

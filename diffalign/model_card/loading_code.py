@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from diffalign.assets import BUNDLED
 from diffalign.config import ModelConfig, Run
 from diffalign.config.sizes import as_size
+from diffalign.layout import FINAL
 from diffalign.model_card.result import Result
 from diffalign.origins import BaseModel
 
@@ -130,7 +131,7 @@ def _result_of(base: BaseModel) -> str:
     """The path of a base; of a run's folder, that of its result."""
     path = base.files.path
     is_run = base.trained_from is not None or base.is_lora
-    return path if not is_run or PurePosixPath(path).name == "final" else f"{path.rstrip('/')}/final"
+    return path if not is_run or PurePosixPath(path).name == FINAL else f"{path.rstrip('/')}/{FINAL}"
 
 
 def _overrides(model: ModelConfig) -> list[str]:

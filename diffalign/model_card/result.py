@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from diffalign.origins import LORA_FILE, read_header
+from diffalign.layout import LORA_FILE, PEFT_CONFIG, PIPELINE_INDEX
+from diffalign.origins import read_header
 
 Kind = Literal["pipeline", "adapter", "peft adapter", "adapter file", "checkpoint file"]
-PIPELINE_INDEX = "model_index.json"
-PEFT_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import OnlineRun, RewardConfig, Run
+from diffalign.layout import FINAL, result_in, run_of
 from diffalign.model_card.loading_code import LORA_LOADERS
 from diffalign.model_card.result import Result
 from diffalign.origins import BaseModel, FileSet, Licence, Origins
@@ -30,8 +31,8 @@ _OF = {"contents": "", "names and sizes": " of names and sizes", "prompts": " of
 def title(config: Run) -> str:
     """Base and method."""
     path = Path(config.model.path)
-    if path.name == "final" or (path / "final").is_dir():
-        name = path.resolve().parent.name if path.name == "final" else path.name
+    if result_in(path).name == FINAL:
+        name = run_of(path.absolute()).name
     else:
         name = config.model.path.rstrip("/").rpartition("/")[2].removeprefix("bundled:")
     return f"{_text(name.removesuffix('.safetensors'))}, aligned by {config.algorithm.name}"

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from diffalign.assets import resolve
 from diffalign.config import ModelConfig
 from diffalign.errors import CheckpointError
+from diffalign.layout import PIPELINE_INDEX
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 
 FAMILIES = {
@@ -55,7 +56,7 @@ def require_supported(name: object, config: ModelConfig, file: Path) -> type[Dif
 def pipeline_of_file(path: Path, config: ModelConfig) -> str:
     """The pipeline class of a single file: what its configuration says, or else the names of its weights."""
     if config.single_file_config is not None:
-        index = resolve(config.single_file_config) / "model_index.json"
+        index = resolve(config.single_file_config) / PIPELINE_INDEX
         if index.is_file():
             return str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
     with safe_open(path, framework="pt") as file:

@@ -17,15 +17,15 @@ from transformers.utils import logging as transformers_logging
 from diffalign.assets import resolve
 from diffalign.config import AdapterConfig, ModelConfig
 from diffalign.config.sizes import Resolution
-from diffalign.errors import CheckpointError, DeviceError
+from diffalign.errors import CheckpointError, DeviceError, first_line
+from diffalign.layout import FINAL, LORA_FILE, PICKLE_SUFFIXES, result_in
 from diffalign.models.base import Denoiser
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.families import family_of
 from diffalign.models.lora import TRAINED
 from diffalign.models.lora_files import read_lora
-from diffalign.models.lora_paths import LORA_FILE
 from diffalign.models.lora_updates import merge, put_on
-from diffalign.models.pipeline_folder import PICKLE_SUFFIXES, first_line, load_parts
+from diffalign.models.pipeline_folder import load_parts
 from diffalign.models.single_file import load_single_file
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,11 +100,11 @@ def load_for_inference(
         resolution: size of the pictures. Default: the run's, or what the checkpoint was trained for.
         adapters: LoRAs to add to it, besides what a run learned.
     """
-    final = _result_of_run(resolve(path))
+    final = result_in(resolve(path))
     config = ModelConfig(path=path, lora=None, adapters=list(adapters))
     if (final / LORA_FILE).is_file():  # which holds the run's own adapters, too
         config = _base_of(final).model_copy(update={"path": path, "lora": None, "adapters": list(adapters)})
-    elif final.name == "final" and (final.parent / "config.yaml").is_file() and resolution is None:
+    elif final.name == FINAL and (final.parent / "config.yaml").is_file() and resolution is None:
         resolution = _base_of(final).resolution  # a checkpoint itself only knows that of square pictures
     if resolution is not None:
         config = config.model_copy(update={"resolution": resolution})
@@ -116,11 +116,6 @@ def load_for_inference(
         denoiser.pipeline, final / LORA_FILE, beside=True
     )  # the weights that it was trained on are rounded
     return denoiser
-
-
-def _result_of_run(path: Path) -> Path:
-    """The result inside a run folder; any other path as it is."""
-    return path / "final" if (path / "final").is_dir() else path
 
 
 def _fuse_adapter(pipeline: Any, file: Path, *, beside: bool = False) -> None:
@@ -168,7 +163,7 @@ def load_pipeline(config: ModelConfig) -> Any:
     ):  # one switch for the bars of all three libraries
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-    path = _result_of_run(resolve(config.path))
+    path = result_in(resolve(config.path))
     if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{config.path} is a pickle checkpoint, which can run code when it is opened",

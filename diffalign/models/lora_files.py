@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffalign.config import AdapterConfig
-from diffalign.errors import CheckpointError
+from diffalign.errors import CheckpointError, first_line
 from diffalign.models.lora import adaptable_layers
 from diffalign.models.lora_paths import LoraSource, find_lora
 from diffalign.models.lora_updates import Update, Updates
@@ -94,7 +94,7 @@ def read_lora(config: AdapterConfig, pipeline: Any, networks: Mapping[str, Any])
         raise CheckpointError(
             f"the LoRA weights cannot be read: {config.path}",
             where=str(source.file),
-            why=(str(error).strip() or type(error).__name__).splitlines()[0],
+            why=first_line(error),
             hint="a damaged file, or one in a format that diffusers does not know: download or export it again",
         ) from error
 

@@ -8,11 +8,9 @@ from pathlib import Path, PurePosixPath
 
 from diffalign.assets import resolve
 from diffalign.config import AdapterConfig
-from diffalign.errors import CheckpointError
+from diffalign.errors import CheckpointError, first_line
+from diffalign.layout import FINAL, LORA_FILE, PEFT_CONFIG, PEFT_FILE, PICKLE_SUFFIXES, PIPELINE_INDEX
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 _CONVERT = (
     'convert it once where you trust it: python -c "import torch; from safetensors.torch import save_file; '
     "t = torch.load('lora.bin', weights_only=True); save_file({k: v.contiguous() for k, v in t.items()}, "
@@ -51,9 +49,9 @@ def find_lora(config: AdapterConfig) -> LoraSource:
 
 
 def _in_folder(config: AdapterConfig, folder: Path) -> Path:
-    final = folder / "final"
+    final = folder / FINAL
     folder = final if final.is_dir() and (folder / "config.yaml").is_file() else folder
-    if (folder / "model_index.json").is_file():
+    if (folder / PIPELINE_INDEX).is_file():
         raise CheckpointError(
             f"{config.path} is a whole model, not an adapter",
             where=str(folder),
@@ -90,7 +88,7 @@ def _choose(config: AdapterConfig, names: Sequence[str], where: str) -> str:
 
 
 def _refuse_pickle(given: str, name: str) -> None:
-    if PurePosixPath(name).suffix in _PICKLES:
+    if PurePosixPath(name).suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{given} is a pickle file, which can run code when it is opened", where=name, hint=_CONVERT
         )
@@ -119,6 +117,6 @@ def _on_hub(config: AdapterConfig) -> Path:
             f"{config.path} is neither a local path nor a hub repository that can be read",
             where=f"model.adapters: {config.path}"
             + (f", revision {config.revision}" if config.revision else ""),
-            why=(str(error).strip() or type(error).__name__).splitlines()[0],
+            why=first_line(error),
             hint="check the spelling and the network; a gated model needs `hf auth login`",
         ) from error

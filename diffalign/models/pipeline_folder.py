@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from diffalign.config import ModelConfig
-from diffalign.errors import CheckpointError
+from diffalign.errors import CheckpointError, first_line
+from diffalign.layout import PICKLE_SUFFIXES, PIPELINE_INDEX
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.families import networks_of, parts_of, require_supported
 from diffalign.models.weights_check import require_all_weights, require_readable, require_tokenizers
 
-PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PART_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 """Libraries that a model_index.json may take its parts from; stable_diffusion is diffusers' old safety checker."""
 
@@ -62,7 +62,7 @@ def _check_folder(
     path: Path, config: ModelConfig, given: Collection[str]
 ) -> tuple[type[DiffusersDenoiser], list[str]]:
     """The family of a folder that has all its weights as safetensors, and the text encoders that it does without."""
-    index_file = path / "model_index.json"
+    index_file = path / PIPELINE_INDEX
     if not index_file.is_file():
         raise CheckpointError(
             f"{config.path} is not a diffusers checkpoint",
@@ -133,7 +133,7 @@ def _check_hub(config: ModelConfig) -> tuple[type[DiffusersDenoiser], list[str]]
     from huggingface_hub import hf_hub_download
 
     try:
-        index = Path(hf_hub_download(config.path, "model_index.json", revision=config.revision))
+        index = Path(hf_hub_download(config.path, PIPELINE_INDEX, revision=config.revision))
     except Exception as error:
         raise CheckpointError(
             f"{config.path} is neither a local path nor a hub model that can be read",
@@ -143,9 +143,3 @@ def _check_hub(config: ModelConfig) -> tuple[type[DiffusersDenoiser], list[str]]
             hint="check the spelling and the network; a gated model needs `hf auth login`",
         ) from error
     return _check_index(json.loads(index.read_text(encoding="utf-8")), config, index)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the rest."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

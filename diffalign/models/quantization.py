@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffalign.errors import DeviceError
+from diffalign.errors import DeviceError, first_line
 
 Quantization = Literal["int8", "nf4"]
 NF4_BLOCK = 64
@@ -99,7 +99,7 @@ def require_bitsandbytes(option: str) -> Any:
     except ImportError as error:
         raise DeviceError(
             f"{option} needs bitsandbytes",
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             hint="pip install 'diffalign[quantization]'",
         ) from error
     return bitsandbytes

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from diffalign.assets import resolve
 from diffalign.config import ModelConfig
-from diffalign.errors import CheckpointError
+from diffalign.errors import CheckpointError, first_line
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.families import networks_of, parts_of, pipeline_of_file, require_supported
-from diffalign.models.pipeline_folder import check_parts, first_line, load_parts
+from diffalign.models.pipeline_folder import check_parts, load_parts
 from diffalign.models.weights_check import require_match, require_tokenizers
 
 NETWORK = "model.diffusion_model."

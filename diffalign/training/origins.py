@@ -9,8 +9,9 @@ from threading import Thread
 from diffalign.config import AdapterConfig, Run
 from diffalign.data.prompts import PUBLISHED
 from diffalign.errors import CheckpointError, DiffalignError
+from diffalign.layout import PEFT_CONFIG
 from diffalign.model_card import write_card
-from diffalign.models.lora_paths import PEFT_CONFIG, find_lora
+from diffalign.models.lora_paths import find_lora
 from diffalign.origins import (
     ORIGINS,
     FileSet,

@@ -12,6 +12,7 @@ from typing import Any
 from diffalign.config import Run
 from diffalign.config_file import dump_config
 from diffalign.errors import ConfigError, StorageError
+from diffalign.layout import FINAL
 from diffalign.redaction import redact
 from diffalign.training.storage import free_bytes, gigabytes, patiently
 
@@ -25,7 +26,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
-        self.final = path / "final"
+        self.final = path / FINAL
         self.summary = path / "summary.json"
         self.faults = path / "faults"
 

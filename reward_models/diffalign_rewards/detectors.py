@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffalign.data.geneval import THRESHOLD, Detection
-from diffalign.errors import RewardError
+from diffalign.errors import RewardError, first_line
 from diffalign_rewards.backbone import BackboneSpec, shared_backbone
 from diffalign_rewards.remote import Endpoint, beginning, png_base64, secret
 
@@ -88,7 +88,7 @@ class LocalDetector(Detector):
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise RewardError(
                 f"cannot load the detector {model}",
-                why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                why=first_line(error),
                 hint="give an object-detection model of transformers with safetensors weights, "
                 "e.g. facebook/detr-resnet-101, or a detection service with url",
             ) from error

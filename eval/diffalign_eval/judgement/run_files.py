@@ -11,6 +11,7 @@ from typing import Any
 
 from diffalign.assets import resolve
 from diffalign.errors import DataError
+from diffalign.layout import FINAL
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def find_run(path: str) -> Path | None:
         folder = resolve(path)
     except DataError:
         return None
-    run = folder.resolve().parent if folder.resolve().name == "final" else folder
+    run = folder.resolve().parent if folder.resolve().name == FINAL else folder
     known = any((run / name).is_file() for name in ("config.yaml", "summary.json"))
     return run if known else None
 
