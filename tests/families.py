@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -47,7 +49,7 @@ from diffalign.config import (
 )
 from diffalign.images import to_pil
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
-from diffalign.models.loading import load_denoiser
+from diffalign.models.loading import load_denoiser, load_for_inference
 from diffalign.rewards import RewardMixture
 from diffalign.seeding import sample_noise
 from diffalign.training.loop import Trainer
@@ -243,6 +245,38 @@ def sampled(
     return last.x_prev
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A family as plain diffusers draws it, without noise.
+
+    Attributes:
+        pipeline_class: its pipeline.
+        sampler: of the policy that must draw the same.
+        options: of the pipeline's call.
+        prepare: what is done to a pipeline first.
+    """
+
+    pipeline_class: Any
+    sampler: SamplerConfig
+    options: Mapping[str, object] = field(default_factory=dict)
+    prepare: Callable[[Any], Any] = lambda pipeline: pipeline
+
+    def drawn(
+        self, folder: Path, denoiser: DiffusersDenoiser, output: str = "latent", *, lora: Path | None = None
+    ) -> Tensor:
+        """What the pipeline in a folder makes of the noise of SEEDS: latents ("latent") or pictures ("pt")."""
+        pipeline = self.prepare(self.pipeline_class.from_pretrained(folder))
+        if lora is not None:
+            self.add_lora(pipeline, lora)
+        return self.call(pipeline, denoiser, output)
+
+    def add_lora(self, pipeline: Any, folder: Path) -> None:
+        pipeline.load_lora_weights(folder)
+
+    def call(self, pipeline: Any, denoiser: DiffusersDenoiser, output: str) -> Tensor:
+        return plain(pipeline, denoiser, self.sampler, output, **self.options)
+
+
 def plain(
     pipeline: Any, denoiser: DiffusersDenoiser, sampler: SamplerConfig, output: str, **options
 ) -> Tensor:
@@ -295,6 +329,41 @@ def one_step(config: Run, denoiser: DiffusersDenoiser) -> tuple[Algorithm, dict[
     assert all(math.isfinite(value) for value in collected.values()), collected
     assert collected["train/grad_norm"] > 0
     return algorithm, collected
+
+
+def check_drawing(denoiser: DiffusersDenoiser, plain: Plain, folder: Path) -> None:
+    """Latents to 1e-4, and pictures to 1/255, of those that the pipeline in `folder` draws."""
+    latents = sampled(denoiser, plain.sampler)
+    assert relative_error(latents, plain.drawn(folder, denoiser)) < 1e-4
+    with torch.no_grad():
+        assert_close(denoiser.decode(latents), plain.drawn(folder, denoiser, "pt"), atol=1 / 255, rtol=0)
+
+
+def check_batches(denoiser: DiffusersDenoiser, online: SamplerConfig) -> None:
+    """A picture does not depend on the others in its batch, nor on how long their prompts are."""
+    alone = sampled(denoiser, online, PROMPTS[:1], [7])
+    together = sampled(denoiser, online, ["a blue ring " * 9, *PROMPTS], [3, 7, 8])
+    assert relative_error(together[1], alone[0]) < 1e-5
+
+
+def check_lora(denoiser: DiffusersDenoiser, plain: Plain, base: Path, folder: Path) -> None:
+    """The adapter, exported to `folder`, makes plain diffusers draw with `base` what the policy draws."""
+    before = sampled(denoiser, plain.sampler)
+    perturb(denoiser)
+    ours = sampled(denoiser, plain.sampler)
+    assert relative_error(ours, before) > 1e-2
+    denoiser.export(folder)
+    assert relative_error(plain.drawn(base, denoiser, lora=folder), ours) < 1e-4
+
+
+def check_full(denoiser: DiffusersDenoiser, plain: Plain, folder: Path) -> None:
+    """The pipeline, exported to `folder`, draws what the policy draws, in plain diffusers and when loaded again."""
+    perturb(denoiser)
+    ours = sampled(denoiser, plain.sampler)
+    denoiser.export(folder)
+    assert relative_error(plain.drawn(folder, denoiser), ours) < 1e-4
+    again = load_for_inference(str(folder), device="cpu", resolution=denoiser.config.resolution)
+    assert relative_error(sampled(again, plain.sampler), ours) < 1e-4
 
 
 def check_training(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from families import (
-    PROMPTS,
     SEEDS,
+    Plain,
+    check_batches,
+    check_drawing,
+    check_full,
+    check_lora,
     check_training,
     load,
     perturb,
@@ -20,12 +23,10 @@ from families import (
     sampled,
     tiny_flux,
 )
-from torch import Tensor
 from torch.testing import assert_close
 
 from diffalign.config import ModelConfig, SamplerConfig
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.models.diffusers_denoiser import DiffusersDenoiser
 from diffalign.models.flux import Flux, pack, positions, unpack
 from diffalign.models.loading import load_denoiser
 from diffalign.seeding import sample_noise
@@ -50,27 +51,25 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def plain_flux(pipeline: Any, denoiser: DiffusersDenoiser, output: str, **options) -> Tensor:
-    """The pipeline's own latents [B, 16, 8, 8] or pictures."""
-    noise = pack(sample_noise(denoiser.latent_shape, SEEDS, "initial"))
-    found = plain(pipeline, denoiser, EXACT, output, latents=noise, **options)
-    return unpack(found, 8, 8) if output == "latent" else found
+class PlainFlux(Plain):
+    def call(self, pipeline, denoiser, output):
+        noise = pack(sample_noise(denoiser.latent_shape, SEEDS, "initial"))
+        found = plain(pipeline, denoiser, self.sampler, output, latents=noise, **self.options)
+        return unpack(found, 8, 8) if output == "latent" else found
+
+
+PLAIN = PlainFlux(FluxPipeline, EXACT)
 
 
 def test_euler_draws_what_the_pipeline_draws(folder):
-    denoiser, pipeline = load(folder), FluxPipeline.from_pretrained(folder)
+    denoiser = load(folder)
     assert isinstance(denoiser, Flux)
-    latents = sampled(denoiser, EXACT)
-    assert relative_error(latents, plain_flux(pipeline, denoiser, "latent")) < 1e-4
-    with torch.no_grad():
-        assert_close(denoiser.decode(latents), plain_flux(pipeline, denoiser, "pt"), atol=1 / 255, rtol=0)
+    check_drawing(denoiser, PLAIN, folder)
 
 
 def test_without_a_guidance_input_guidance_is_true_cfg(schnell):
-    denoiser, pipeline = load(schnell), FluxPipeline.from_pretrained(schnell)
     guided = {"negative_prompt": ["", ""], "true_cfg_scale": EXACT.guidance_scale}
-    expected = plain_flux(pipeline, denoiser, "latent", **guided)
-    assert relative_error(sampled(denoiser, EXACT), expected) < 1e-4
+    check_drawing(load(schnell), PlainFlux(FluxPipeline, EXACT, guided), schnell)
 
 
 def test_the_shift_grows_with_the_resolution(folder):
@@ -89,10 +88,7 @@ def test_packing_keeps_a_square_of_four_cells_together():
 
 
 def test_a_picture_does_not_depend_on_its_batch(folder):
-    denoiser = load(folder)
-    alone = sampled(denoiser, ONLINE, PROMPTS[:1], [7])
-    together = sampled(denoiser, ONLINE, ["a blue ring", *PROMPTS], [3, 7, 8])
-    assert_close(together[1], alone[0], atol=1e-5, rtol=1e-5)
+    check_batches(load(folder), ONLINE)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -102,15 +98,11 @@ def test_it_trains(folder, tmp_path, full):
 
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_exported_lora_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path, text_encoders):
-    denoiser = load(folder, train_text_encoder=text_encoders)
-    before = sampled(denoiser, EXACT)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    assert relative_error(ours, before) > 1e-2
-    denoiser.export(tmp_path)
-    pipeline = FluxPipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path)
-    assert relative_error(plain_flux(pipeline, denoiser, "latent"), ours) < 1e-4
+    check_lora(load(folder, train_text_encoder=text_encoders), PLAIN, folder, tmp_path)
+
+
+def test_an_exported_full_pipeline_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path):
+    check_full(load(folder, full=True), PLAIN, tmp_path)
 
 
 def test_bf16_samples_finite_latents(folder):

@@ -14,7 +14,18 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
 )
-from families import PROMPTS, check_training, load, perturb, plain, relative_error, sampled
+from families import (
+    Plain,
+    check_batches,
+    check_drawing,
+    check_full,
+    check_lora,
+    check_training,
+    load,
+    plain,
+    relative_error,
+    sampled,
+)
 from newer_families import tiny_pixart
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
@@ -23,7 +34,7 @@ from torch.testing import assert_close
 
 from diffalign.config import ModelConfig, SamplerConfig
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.models.loading import load_denoiser, load_for_inference
+from diffalign.models.loading import load_denoiser
 from diffalign.models.pixart_sigma import PixArtSigma
 from diffalign.schedule import NoiseSchedule
 
@@ -45,15 +56,29 @@ def first_order(pipeline: PixArtSigmaPipeline) -> PixArtSigmaPipeline:
     return pipeline
 
 
+class PlainPixArt(Plain):
+    def add_lora(self, pipeline, folder):
+        """By peft: the pipeline has no load_lora_weights."""
+        assert type(pipeline.transformer) is diffusers.PixArtTransformer2DModel
+        with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+            settings = json.loads(file.metadata()["lora_adapter_metadata"])
+        weights = load_file(folder / "pytorch_lora_weights.safetensors")
+        own = {name.removeprefix("transformer."): value for name, value in settings.items()}
+        inject_adapter_in_model(LoraConfig(**own), pipeline.transformer)
+        set_peft_model_state_dict(
+            pipeline.transformer,
+            {name.removeprefix("transformer."): value for name, value in weights.items()},
+        )
+
+
+PLAIN = PlainPixArt(PixArtSigmaPipeline, EXACT, AS_GIVEN, first_order)
+
+
 def test_ddim_without_noise_draws_what_the_pipeline_draws(folder):
-    denoiser, pipeline = load(folder), first_order(PixArtSigmaPipeline.from_pretrained(folder))
+    denoiser = load(folder)
     assert isinstance(denoiser, PixArtSigma)
     assert isinstance(denoiser.schedule, NoiseSchedule)
-    latents = sampled(denoiser, EXACT)
-    assert relative_error(latents, plain(pipeline, denoiser, EXACT, "latent", **AS_GIVEN)) < 1e-4
-    with torch.no_grad():
-        expected = plain(pipeline, denoiser, EXACT, "pt", **AS_GIVEN)
-        assert_close(denoiser.decode(latents), expected, atol=1 / 255, rtol=0)
+    check_drawing(denoiser, PLAIN, folder)
 
 
 def test_every_step_ends_where_the_next_begins(folder):
@@ -92,10 +117,7 @@ def test_the_padding_of_a_prompt_is_masked(folder):
 
 
 def test_a_picture_does_not_depend_on_its_batch(folder):
-    denoiser = load(folder)
-    alone = sampled(denoiser, ONLINE, PROMPTS[:1], [7])
-    together = sampled(denoiser, ONLINE, ["a blue ring", *PROMPTS], [3, 7, 8])
-    assert relative_error(together[1], alone[0]) < 1e-5
+    check_batches(load(folder), ONLINE)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -104,44 +126,20 @@ def test_it_trains(folder, tmp_path, full):
 
 
 def test_exported_lora_is_a_peft_adapter_of_diffusers_own_transformer(folder, tmp_path):
-    denoiser = load(folder)
-    before = sampled(denoiser, EXACT)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    assert relative_error(ours, before) > 1e-2
-    denoiser.export(tmp_path)
-    pipeline = first_order(PixArtSigmaPipeline.from_pretrained(folder))
-    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
-        settings = json.loads(file.metadata()["lora_adapter_metadata"])
-    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    own = {name.removeprefix("transformer."): value for name, value in settings.items()}
-    inject_adapter_in_model(LoraConfig(**own), pipeline.transformer)
-    set_peft_model_state_dict(
-        pipeline.transformer, {name.removeprefix("transformer."): value for name, value in weights.items()}
-    )
-    assert type(pipeline.transformer) is diffusers.PixArtTransformer2DModel
-    assert relative_error(plain(pipeline, denoiser, EXACT, "latent", **AS_GIVEN), ours) < 1e-4
+    check_lora(load(folder), PLAIN, folder, tmp_path)
 
 
 def test_an_exported_full_pipeline_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path):
-    denoiser = load(folder, full=True)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    denoiser.export(tmp_path / "final")
-    pipeline = first_order(PixArtSigmaPipeline.from_pretrained(tmp_path / "final"))
-    assert relative_error(plain(pipeline, denoiser, EXACT, "latent", **AS_GIVEN), ours) < 1e-4
-    again = load_for_inference(str(tmp_path / "final"), device="cpu", resolution=16)
-    assert relative_error(sampled(again, EXACT), ours) < 1e-4
+    check_full(load(folder, full=True), PLAIN, tmp_path)
 
 
 def test_an_exported_pipeline_keeps_the_size_that_its_positions_are_built_for(tmp_path):
     tiny_pixart(sample_size=32).save_pretrained(tmp_path / "base")
     denoiser = load(tmp_path / "base", full=True)
     denoiser.export(tmp_path / "final")
-    pipeline = first_order(PixArtSigmaPipeline.from_pretrained(tmp_path / "final"))
-    assert pipeline.transformer.config.sample_size == 32
-    expected = plain(pipeline, denoiser, EXACT, "latent", **AS_GIVEN)
-    assert relative_error(sampled(denoiser, EXACT), expected) < 1e-4
+    exported = PixArtSigmaPipeline.from_pretrained(tmp_path / "final")
+    assert exported.transformer.config.sample_size == 32
+    assert relative_error(sampled(denoiser, EXACT), PLAIN.drawn(tmp_path / "final", denoiser)) < 1e-4
 
 
 def test_float16_keeps_t5_in_bfloat16(folder):

@@ -7,13 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
-from families import PROMPTS, check_training, load, perturb, plain, relative_error, sampled
+from families import (
+    Plain,
+    check_batches,
+    check_drawing,
+    check_full,
+    check_lora,
+    check_training,
+    load,
+    plain,
+    relative_error,
+    sampled,
+)
 from newer_families import tiny_sana
 from torch.testing import assert_close
 
 from diffalign.config import ModelConfig, SamplerConfig
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.models.loading import load_denoiser, load_for_inference
+from diffalign.models.loading import load_denoiser
 from diffalign.models.sana import INSTRUCTION, Sana
 
 EXACT = SamplerConfig(kind="euler", steps=4, guidance_scale=3.0)
@@ -35,14 +46,13 @@ def first_order(pipeline: SanaPipeline) -> SanaPipeline:
     return pipeline
 
 
+PLAIN = Plain(SanaPipeline, EXACT, AS_GIVEN, first_order)
+
+
 def test_euler_draws_what_the_pipeline_draws(folder):
-    denoiser, pipeline = load(folder, resolution=SIDE), first_order(SanaPipeline.from_pretrained(folder))
+    denoiser = load(folder, resolution=SIDE)
     assert isinstance(denoiser, Sana)
-    latents = sampled(denoiser, EXACT)
-    assert relative_error(latents, plain(pipeline, denoiser, EXACT, "latent", **AS_GIVEN)) < 1e-4
-    with torch.no_grad():
-        expected = plain(pipeline, denoiser, EXACT, "pt", **AS_GIVEN)
-        assert_close(denoiser.decode(latents), expected, atol=1 / 255, rtol=0)
+    check_drawing(denoiser, PLAIN, folder)
 
 
 def test_with_a_flow_matching_scheduler_and_a_time_scale_it_draws_what_the_pipeline_draws(tmp_path):
@@ -82,10 +92,7 @@ def test_the_instruction_is_read_before_a_prompt_and_not_before_the_empty_one(fo
 
 
 def test_a_picture_does_not_depend_on_its_batch(folder):
-    denoiser = load(folder, resolution=SIDE)
-    alone = sampled(denoiser, ONLINE, PROMPTS[:1], [7])
-    together = sampled(denoiser, ONLINE, ["a blue ring", *PROMPTS], [3, 7, 8])
-    assert_close(together[1], alone[0], atol=1e-5, rtol=1e-5)
+    check_batches(load(folder, resolution=SIDE), ONLINE)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -94,26 +101,11 @@ def test_it_trains(folder, tmp_path, full):
 
 
 def test_exported_lora_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path):
-    denoiser = load(folder, resolution=SIDE)
-    before = sampled(denoiser, EXACT)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    assert relative_error(ours, before) > 1e-2
-    denoiser.export(tmp_path)
-    pipeline = first_order(SanaPipeline.from_pretrained(folder))
-    pipeline.load_lora_weights(tmp_path)
-    assert relative_error(plain(pipeline, denoiser, EXACT, "latent", **AS_GIVEN), ours) < 1e-4
+    check_lora(load(folder, resolution=SIDE), PLAIN, folder, tmp_path)
 
 
 def test_an_exported_full_pipeline_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path):
-    denoiser = load(folder, resolution=SIDE, full=True)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    denoiser.export(tmp_path / "final")
-    pipeline = first_order(SanaPipeline.from_pretrained(tmp_path / "final"))
-    assert relative_error(plain(pipeline, denoiser, EXACT, "latent", **AS_GIVEN), ours) < 1e-4
-    again = load_for_inference(str(tmp_path / "final"), device="cpu", resolution=SIDE)
-    assert relative_error(sampled(again, EXACT), ours) < 1e-4
+    check_full(load(folder, resolution=SIDE, full=True), PLAIN, tmp_path)
 
 
 def test_latents_of_pictures_are_the_autoencoders_scaled(folder):

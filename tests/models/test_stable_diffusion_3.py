@@ -12,9 +12,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from families import (
     PROMPTS,
+    Plain,
+    check_batches,
+    check_drawing,
+    check_full,
+    check_lora,
     check_training,
     load,
-    perturb,
     plain,
     relative_error,
     sampled,
@@ -27,13 +31,14 @@ from torch.testing import assert_close
 from diffalign.cli import main
 from diffalign.config import RUNS, ModelConfig, SamplerConfig
 from diffalign.errors import CheckpointError, ConfigError
-from diffalign.models.loading import load_denoiser, load_for_inference
+from diffalign.models.loading import load_denoiser
 from diffalign.models.stable_diffusion_3 import StableDiffusion3
 from diffalign.sampling import generate
 from diffalign.training.run import align
 
 EXACT = SamplerConfig(kind="euler", steps=4, guidance_scale=3.0)
 ONLINE = SamplerConfig(kind="flow_sde", steps=3, guidance_scale=3.0)
+PLAIN = Plain(StableDiffusion3Pipeline, EXACT)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_euler_draws_what_the_pipeline_draws(folder):
-    denoiser, pipeline = load(folder), StableDiffusion3Pipeline.from_pretrained(folder)
+    denoiser = load(folder)
     assert isinstance(denoiser, StableDiffusion3)
-    latents = sampled(denoiser, EXACT)
-    assert relative_error(latents, plain(pipeline, denoiser, EXACT, "latent")) < 1e-4
-    with torch.no_grad():
-        assert_close(denoiser.decode(latents), plain(pipeline, denoiser, EXACT, "pt"), atol=1 / 255, rtol=0)
+    check_drawing(denoiser, PLAIN, folder)
 
 
 def test_without_t5_its_tokens_are_zeros_as_in_the_pipeline(tmp_path):
@@ -65,18 +67,14 @@ def test_without_t5_its_tokens_are_zeros_as_in_the_pipeline(tmp_path):
 
 def test_a_dynamic_shift_is_that_of_the_pipeline(tmp_path):
     tiny_sd3(use_dynamic_shifting=True, max_shift=1.16).save_pretrained(tmp_path)
-    denoiser, pipeline = load(tmp_path), StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    denoiser = load(tmp_path)
     # 16 tokens; the line through (256, 0.5) and (4096, 1.16) is 0.5 - 240 * 0.66 / 3840 = 0.45875 there
     assert_close(denoiser.schedule.shift, math.exp(0.45875))
-    expected = plain(pipeline, denoiser, EXACT, "latent")
-    assert relative_error(sampled(denoiser, EXACT), expected) < 1e-4
+    check_drawing(denoiser, PLAIN, tmp_path)
 
 
 def test_a_picture_does_not_depend_on_its_batch(folder):
-    denoiser = load(folder)
-    alone = sampled(denoiser, ONLINE, PROMPTS[:1], [7])
-    together = sampled(denoiser, ONLINE, ["a blue ring", *PROMPTS], [3, 7, 8])
-    assert_close(together[1], alone[0], atol=1e-5, rtol=1e-5)
+    check_batches(load(folder), ONLINE)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -92,24 +90,11 @@ def test_the_adapter_reaches_both_sides_of_the_joint_attention(folder):
 
 @pytest.mark.parametrize("text_encoders", [False, True])
 def test_exported_lora_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path, text_encoders):
-    denoiser = load(folder, train_text_encoder=text_encoders)
-    before = sampled(denoiser, EXACT)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    assert relative_error(ours, before) > 1e-2
-    denoiser.export(tmp_path)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path)
-    assert relative_error(plain(pipeline, denoiser, EXACT, "latent"), ours) < 1e-4
+    check_lora(load(folder, train_text_encoder=text_encoders), PLAIN, folder, tmp_path)
 
 
-def test_an_exported_full_pipeline_loads_again_and_draws_the_same(folder, tmp_path):
-    denoiser = load(folder, full=True)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    denoiser.export(tmp_path / "final")
-    again = load_for_inference(str(tmp_path / "final"), device="cpu")
-    assert relative_error(sampled(again, EXACT), ours) < 1e-4
+def test_an_exported_full_pipeline_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path):
+    check_full(load(folder, full=True), PLAIN, tmp_path)
 
 
 def test_training_timesteps_reach_the_network_as_times(folder):

@@ -7,18 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ZImagePipeline
-from families import PROMPTS, check_training, load, perturb, plain, relative_error, sampled
+from families import (
+    Plain,
+    check_batches,
+    check_drawing,
+    check_full,
+    check_lora,
+    check_training,
+    load,
+    plain,
+    relative_error,
+    sampled,
+)
 from newer_families import tiny_z_image
-from torch.testing import assert_close
 
 from diffalign.config import ModelConfig, SamplerConfig
 from diffalign.errors import ConfigError
-from diffalign.models.loading import load_denoiser, load_for_inference
+from diffalign.models.loading import load_denoiser
 from diffalign.models.z_image import ZImage
 
 EXACT = SamplerConfig(kind="euler", steps=4, guidance_scale=3.0)
 ONLINE = SamplerConfig(kind="flow_sde", steps=3, guidance_scale=3.0)
-SAME_GUIDANCE = {"guidance_scale": 2.0}  # cond + 2 (cond - uncond) is uncond + 3 (cond - uncond)
+# Its pipeline's guidance adds: cond + 2 (cond - uncond) is uncond + 3 (cond - uncond).
+PLAIN = Plain(ZImagePipeline, EXACT, {"guidance_scale": 2.0})
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_euler_draws_what_the_pipeline_draws(folder):
-    denoiser, pipeline = load(folder), ZImagePipeline.from_pretrained(folder)
+    denoiser = load(folder)
     assert isinstance(denoiser, ZImage)
-    latents = sampled(denoiser, EXACT)
-    assert relative_error(latents, plain(pipeline, denoiser, EXACT, "latent", **SAME_GUIDANCE)) < 1e-4
-    with torch.no_grad():
-        expected = plain(pipeline, denoiser, EXACT, "pt", **SAME_GUIDANCE)
-        assert_close(denoiser.decode(latents), expected, atol=1 / 255, rtol=0)
+    check_drawing(denoiser, PLAIN, folder)
 
 
 def test_without_guidance_it_draws_what_the_pipeline_draws_with_zero(folder):
@@ -47,9 +54,7 @@ def test_without_guidance_it_draws_what_the_pipeline_draws_with_zero(folder):
 
 def test_a_dynamic_shift_is_that_of_the_pipeline(tmp_path):
     tiny_z_image(use_dynamic_shifting=True).save_pretrained(tmp_path)
-    denoiser, pipeline = load(tmp_path), ZImagePipeline.from_pretrained(tmp_path)
-    expected = plain(pipeline, denoiser, EXACT, "latent", **SAME_GUIDANCE)
-    assert relative_error(sampled(denoiser, EXACT), expected) < 1e-4
+    check_drawing(load(tmp_path), PLAIN, tmp_path)
 
 
 def test_a_prompt_is_a_chat_without_its_padding(folder):
@@ -66,10 +71,7 @@ def test_a_prompt_is_a_chat_without_its_padding(folder):
 
 
 def test_a_picture_does_not_depend_on_its_batch(folder):
-    denoiser = load(folder)
-    alone = sampled(denoiser, ONLINE, PROMPTS[:1], [7])
-    together = sampled(denoiser, ONLINE, ["a blue ring " * 9, *PROMPTS], [3, 7, 8])
-    assert_close(together[1], alone[0], atol=1e-5, rtol=1e-5)
+    check_batches(load(folder), ONLINE)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -78,26 +80,11 @@ def test_it_trains(folder, tmp_path, full):
 
 
 def test_exported_lora_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path):
-    denoiser = load(folder)
-    before = sampled(denoiser, EXACT)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    assert relative_error(ours, before) > 1e-2
-    denoiser.export(tmp_path)
-    pipeline = ZImagePipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path)
-    assert relative_error(plain(pipeline, denoiser, EXACT, "latent", **SAME_GUIDANCE), ours) < 1e-4
+    check_lora(load(folder), PLAIN, folder, tmp_path)
 
 
 def test_an_exported_full_pipeline_loads_in_plain_diffusers_and_draws_the_same(folder, tmp_path):
-    denoiser = load(folder, full=True)
-    perturb(denoiser)
-    ours = sampled(denoiser, EXACT)
-    denoiser.export(tmp_path / "final")
-    pipeline = ZImagePipeline.from_pretrained(tmp_path / "final")
-    assert relative_error(plain(pipeline, denoiser, EXACT, "latent", **SAME_GUIDANCE), ours) < 1e-4
-    again = load_for_inference(str(tmp_path / "final"), device="cpu", resolution=16)
-    assert relative_error(sampled(again, EXACT), ours) < 1e-4
+    check_full(load(folder, full=True), PLAIN, tmp_path)
 
 
 def test_bf16_samples_finite_latents(folder):
