@@ -1,6 +1,6 @@
 """Every method's run file for the bundled world, run as it is shipped: one table of what each gained and what it cost.
 
-    python benchmarks/methods.py [--output-dir runs/methods] [--processes 2] [NAME ...]
+    python benchmarks/methods.py [--output-dir runs/methods] [--processes 2] [--seed 0] [NAME ...]
 
 A few minutes a method on two cores. What was interrupted goes on by the same command, and what is finished is not run
 again. What NPO trains is judged as it is used: as the negative of the bundled checkpoint, both guided. The table is
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="run files in configs/tiny, without .yaml (default: all)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/methods"))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of training; evaluation keeps its own")
     args = parser.parse_args()
     unknown = sorted(set(args.names) - set(names()))
     if unknown:
@@ -103,7 +104,7 @@ def main() -> None:
     for name in args.names or names():
         folder = args.output_dir / name
         processes = ("--processes", str(args.processes))
-        run("train", f"tiny/{name}", "--output-dir", str(folder), *processes)
+        run("train", f"tiny/{name}", "--output-dir", str(folder), "--seed", str(args.seed), *processes)
         if name in NEGATIVES:
             pair = ("base=bundled:tiny-sd", f"guided=bundled:tiny-sd+negative:{folder}")
             options = ("--guidance-scale", "2", "--output-dir", str(folder / "guided"), *processes)
