@@ -21,3 +21,10 @@ def result_in(path: Path) -> Path:
 def run_of(path: Path) -> Path:
     """The folder that a `final/` is in; any other path as it is."""
     return path.parent if path.name == FINAL else path
+
+
+def run_of_step(path: Path) -> Path | None:
+    """The run's folder that `checkpoints/step-N` is in; None for any other path."""
+    run = path.parent.parent
+    is_step = path.name.startswith("step-") and path.parent.name == "checkpoints"
+    return run if is_step and (run / "config.yaml").is_file() else None

@@ -129,7 +129,7 @@ def _sampler(args: Args) -> SamplerConfig:
         guidance_scale=args.guidance_scale,
         resolution=args.resolution,
     )
-    return options.sampler(run_behind([args.checkpoint]))
+    return options.sampler(run_behind([args.checkpoint]), args.checkpoint)
 
 
 def _settings(args: Args, prompts: Sequence[str], sampler: SamplerConfig) -> dict[str, object]:

@@ -48,7 +48,8 @@ PROMPT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 @dataclass(frozen=True)
 class Args:
     model: str
-    """A run folder or its final/, a diffusers folder, a hub id, a .safetensors file, or bundled:tiny-sd."""
+    """A run folder, its final/ or one of its checkpoints/step-N, a diffusers folder, a hub id, a .safetensors file, or
+    bundled:tiny-sd."""
     prompts: str
     """A prompt file (.txt one a line, .jsonl, .csv, .tsv, .parquet, or bundled:...), prompts:SET, or the prompt
     itself."""
@@ -71,7 +72,7 @@ def run(args: Args) -> None:
 
     options = args.sampling
     adapters = [parse_adapter(text) for text in args.adapter]
-    sampler = options.sampler(run_behind([args.model]))
+    sampler = options.sampler(run_behind([args.model]), args.model)
     alignment = None if args.align is None else parse_alignment(args.align)
     if alignment is not None:
         alignment.require(sampler)
@@ -79,18 +80,19 @@ def run(args: Args) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from diffalign.models.loading import load_for_inference, pick_device
+    from diffalign.models.loading import pick_device
     from diffalign.picture_folder import draw_pictures, plan_pictures
     from diffalign.result_folder import result_folder
     from diffalign.sampling import generate, guide_away_from
     from diffalign.test_time.aligner import Aligner
+    from diffalign.training.policies import load_policy
 
     prompts = read_prompts(args.prompts, options.limit)
     specs = plan_pictures(prompts, options.seeds_per_prompt, options.seed)
     with result_folder(args.output_dir) as folder:
         aligner = None if alignment is None else Aligner(alignment, pick_device(options.device))
         denoiser, *negatives = (
-            load_for_inference(
+            load_policy(
                 path,
                 device=options.device,
                 mixed_precision=options.mixed_precision,

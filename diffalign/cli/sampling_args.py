@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from diffalign.errors import ConfigError
-from diffalign.layout import FINAL, run_of
+from diffalign.layout import FINAL, run_of, run_of_step
 
 if TYPE_CHECKING:
     from diffalign.config import Run, SamplerConfig
@@ -36,7 +36,7 @@ class SamplingArgs:
         Literal["ddim", "ddpm", "euler", "flow_sde", "cps", "dance_sde"] | None, optional("NAME")
     ] = None
     """Transition kernel: ddim or ddpm for diffusion; euler, flow_sde, cps or dance_sde for flow models (SD 3, FLUX).
-    Default: as the run's, else ddim."""
+    Default: as the run's, else what adds no noise: ddim, or euler for a flow model."""
     eta: Annotated[float | None, optional("FLOAT")] = None
     """DDIM noise scale: 0 is deterministic, 1 as noisy as DDPM. Default: as the run's, else 0."""
     guidance_scale: Annotated[float | None, optional("FLOAT")] = None
@@ -52,8 +52,8 @@ class SamplingArgs:
     limit: Annotated[int | None, optional("INT")] = None
     """The first n prompts only."""
 
-    def sampler(self, run: Run | None) -> SamplerConfig:
-        """What the options say, over how `run` was evaluated.
+    def sampler(self, run: Run | None, checkpoint: str) -> SamplerConfig:
+        """What the options say, over how `run` was evaluated, over what suits the checkpoint.
 
         Raises:
             ConfigError: values out of range, all of them at once.
@@ -76,9 +76,13 @@ class SamplingArgs:
         evaluation = EvaluationConfig() if run is None else run.evaluation
         given = {"steps": self.steps, "eta": self.eta, "guidance_scale": self.guidance_scale}
         options = evaluation.sampler.model_dump()
-        if self.sampler_kind not in (None, evaluation.sampler.kind):
-            options |= {"kind": self.sampler_kind, "noise_level": None}
-            options["eta"] = 0.0 if self.sampler_kind == "ddim" else 1.0  # what leaving it out means
+        kind = self.sampler_kind
+        is_told = bool(problems or evaluation.sets or evaluation.sampler.is_flow)
+        if kind is None and not is_told and _is_flow(checkpoint):
+            kind = "euler"
+        if kind not in (None, evaluation.sampler.kind):
+            options |= {"kind": kind, "noise_level": None}
+            options["eta"] = 0.0 if kind == "ddim" else 1.0  # what leaving it out means
         options |= {name: value for name, value in given.items() if value is not None}
         try:
             sampler = SamplerConfig(**options)
@@ -115,11 +119,22 @@ def run_behind(checkpoints: Sequence[str]) -> Run | None:
 
     paths = [path for checkpoint in checkpoints for path in split_negative(checkpoint) if path is not None]
     for path in paths:
-        folder = run_of(resolve(path))
-        if (folder / "config.yaml").is_file() and (folder / FINAL).is_dir():
-            return load_config(folder / "config.yaml")
+        place = resolve(path)
+        run = run_of_step(place) or run_of(place)
+        if (run / "config.yaml").is_file() and (run != place or (run / FINAL).is_dir()):
+            return load_config(run / "config.yaml")
     shipped = [BUNDLED_WORLD[path] for path in paths if BUNDLED_WORLD.get(path) in list_configs()]
     return load_config(shipped[0]) if shipped else None
+
+
+def _is_flow(checkpoint: str) -> bool:
+    """Whether a checkpoint is of a flow model, as far as its index says it; what is wrong with it, loading says."""
+    from diffalign.cli.alignment_args import split_negative
+    from diffalign.models.latent_flow import LatentFlow
+    from diffalign.models.loading import family_at
+
+    family = family_at(split_negative(checkpoint)[0])
+    return family is not None and issubclass(family, LatentFlow)
 
 
 def _option(name: str) -> str:

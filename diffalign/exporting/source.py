@@ -14,12 +14,12 @@ from diffalign.config import AdapterConfig, ModelConfig, Run
 from diffalign.config_file import load_config
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.exporting.target import writing
-from diffalign.layout import FINAL, LORA_FILE, run_of
+from diffalign.layout import FINAL, LORA_FILE, run_of, run_of_step
 from diffalign.models.loading import load_denoiser
 from diffalign.models.lora_files import read_lora
 from diffalign.models.lora_updates import Updates
 from diffalign.training.checkpoint import list_checkpoints
-from diffalign.training.policies import load_policy, run_of_step
+from diffalign.training.policies import load_policy
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def find_result(path: str) -> RunResult:
         CheckpointError: a run that has no result yet.
     """
     folder = resolve(path)
-    run = run_of_step(path) or run_of(folder)
+    step_of = run_of_step(folder)
+    run = step_of or run_of(folder)
     if not (run / "config.yaml").is_file():
         raise ConfigError(
             f"{path} is not a run",
@@ -97,7 +98,7 @@ def find_result(path: str) -> RunResult:
             hint="name the folder that `diffalign train` wrote, its final/, or one of its checkpoints/step-N",
         )
     config = load_config(run / "config.yaml")
-    if run_of_step(path) is not None:
+    if step_of is not None:
         return RunResult(run, folder, config, config.model.lora is not None)
     final = run / FINAL
     if not final.is_dir():

@@ -5,6 +5,7 @@ Only safetensors are read: pickle files can run code. Every refusal says what to
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,10 @@ from diffalign.assets import resolve
 from diffalign.config import AdapterConfig, ModelConfig
 from diffalign.config.sizes import Resolution
 from diffalign.errors import CheckpointError, DeviceError, first_line
-from diffalign.layout import FINAL, LORA_FILE, PICKLE_SUFFIXES, result_in
+from diffalign.layout import FINAL, LORA_FILE, PICKLE_SUFFIXES, PIPELINE_INDEX, result_in, run_of_step
 from diffalign.models.base import Denoiser
 from diffalign.models.diffusers_denoiser import DiffusersDenoiser
-from diffalign.models.families import family_of
+from diffalign.models.families import family_of, pipeline_of_file
 from diffalign.models.lora import TRAINED
 from diffalign.models.lora_files import read_lora
 from diffalign.models.lora_updates import merge, put_on
@@ -116,6 +117,27 @@ def load_for_inference(
         denoiser.pipeline, final / LORA_FILE, beside=True
     )  # the weights that it was trained on are rounded
     return denoiser
+
+
+def family_at(path: str) -> type[DiffusersDenoiser] | None:
+    """The family of what `load_for_inference` loads from `path`, by its index or the names of its weights alone.
+
+    None where they do not say it: what is wrong is for loading to find.
+    """
+    from huggingface_hub import hf_hub_download
+
+    place = result_in(resolve(path))
+    try:
+        if (run := run_of_step(place)) is not None:
+            return family_at(_base_of(run / FINAL).path)
+        if (place / LORA_FILE).is_file():
+            return family_at(_base_of(place).path)
+        if place.is_file():
+            return family_of(pipeline_of_file(place, ModelConfig(path=path)))
+        index = place / PIPELINE_INDEX if place.exists() else Path(hf_hub_download(path, PIPELINE_INDEX))
+        return family_of(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except Exception:  # of a hub that cannot be reached, a damaged file, another kind of model
+        return None
 
 
 def _fuse_adapter(pipeline: Any, file: Path, *, beside: bool = False) -> None:

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
 from diffalign.assets import resolve
+from diffalign.config import AdapterConfig
 from diffalign.config.sizes import Resolution
 from diffalign.config_file import load_config
 from diffalign.errors import CheckpointError
+from diffalign.layout import run_of_step
 from diffalign.models.base import Denoiser
 from diffalign.models.loading import load_denoiser, load_for_inference
 from diffalign.training.checkpoint import read_checkpoint
 
 
 def load_policy(
-    path: str, *, device: str = "auto", mixed_precision: str = "no", resolution: Resolution | None = None
+    path: str,
+    *,
+    device: str = "auto",
+    mixed_precision: str = "no",
+    resolution: Resolution | None = None,
+    adapters: Sequence[AdapterConfig] = (),
 ) -> Denoiser:
     """`load_for_inference`, or the policy as `RUN/checkpoints/step-N` holds it (its average where there is one).
+
+    Args:
+        resolution, adapters: as `load_for_inference` takes them.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another model than the run's config.yaml says.
     """
-    run = run_of_step(path)
+    run = run_of_step(resolve(path))
     if run is None:
-        return load_for_inference(path, device=device, mixed_precision=mixed_precision, resolution=resolution)
+        return load_for_inference(
+            path, device=device, mixed_precision=mixed_precision, resolution=resolution, adapters=adapters
+        )
     model = load_config(run / "config.yaml").model
+    model = model.model_copy(update={"adapters": [*model.adapters, *adapters]})
     if resolution is not None:
         model = model.model_copy(update={"resolution": resolution})
     snapshot, _ = read_checkpoint(resolve(path))
@@ -44,11 +57,3 @@ def load_policy(
             parameter.copy_(weights[name])
             parameter.requires_grad_(False)
     return denoiser
-
-
-def run_of_step(path: str) -> Path | None:
-    """The run folder that `RUN/checkpoints/step-N` belongs to; None for any other path."""
-    folder = resolve(path)
-    is_step = folder.name.startswith("step-") and folder.parent.name == "checkpoints"
-    run = folder.parent.parent
-    return run if is_step and (run / "config.yaml").is_file() else None

@@ -93,7 +93,7 @@ def run(args: Args, words: Sequence[str]) -> None:
     checkpoints, alignments = split_alignments(named_checkpoints(args.checkpoints))
     checkpoints = with_baseline(checkpoints)
     known = run_behind(list(checkpoints.values()))
-    sampler = args.sampling.sampler(known)
+    sampler = args.sampling.sampler(known, next(iter(checkpoints.values())))
     for alignment in alignments.values():
         alignment.require(sampler)
     _require_numbers(args)

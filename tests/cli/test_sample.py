@@ -12,13 +12,14 @@ from PIL import Image
 
 from diffalign.cli import main
 from diffalign.cli.sample import PROMPT_FILES, read_prompts
-from diffalign.config import ImagesConfig, SamplerConfig
+from diffalign.config import RUNS, ImagesConfig, SamplerConfig
 from diffalign.data.images import CaptionedImages
 from diffalign.data.prompts import _READERS
 from diffalign.errors import DataError
 from diffalign.images import to_pil
 from diffalign.models.loading import load_for_inference
 from diffalign.sampling import generate
+from diffalign.training.run import align
 
 QUICK = ["--steps", "2", "--guidance-scale", "2", "--device", "cpu"]
 WRONG = ["--batch-size", "0", "--steps", "0", "--eta", "2"]
@@ -72,6 +73,28 @@ def test_a_picture_is_generate_of_its_prompt_and_seed(tiny_pipeline_dir: Path, p
     sampler = SamplerConfig(steps=2, eta=0.0, guidance_scale=2.0)
     (expected,) = to_pil(generate(denoiser, ["ein grüner Bär"], [1], sampler, batch_size=1))
     assert (pixels(tmp_path / "out" / "00001-s1.png") == np.asarray(expected)).all()
+
+
+def test_a_checkpoint_of_a_run_draws_what_its_policy_drew_then(tiny_pipeline_dir: Path, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    config = RUNS["ddpo"].model_validate(
+        {
+            "model": {"path": str(tiny_pipeline_dir), "lora": None},
+            "algorithm": {"name": "ddpo", "prompts_per_iteration": 1, "group_size": 2, "train_batch_size": 2},
+            "data": {"path": str(tmp_path / "prompts.txt")},
+            "sampler": {"steps": 2, "guidance_scale": 1.0},
+            "rewards": [{"name": "jpeg_compressibility"}],
+            "training": {"iterations": 2, "device": "cpu", "learning_rate": 0.01, "checkpoint_every": 1},
+        }
+    )
+    align(config, tmp_path / "run")
+    drawn = {}
+    for name in ("", "checkpoints/step-1", "checkpoints/step-2"):
+        out = tmp_path / f"out-{name.replace('/', '-')}"
+        assert sample(tmp_path / "run" / name, "a red star", out) == 0
+        drawn[name] = pixels(out / "00000-s0.png").astype(int)
+    assert np.abs(drawn["checkpoints/step-2"] - drawn[""]).max() <= 1
+    assert np.abs(drawn["checkpoints/step-1"] - drawn[""]).max() > 4
 
 
 def test_the_batch_size_changes_no_picture(tiny_pipeline_dir: Path, prompts: Path, tmp_path: Path):

@@ -162,6 +162,8 @@ def test_a_run_that_is_only_guided_away_from_says_what_to_measure(tmp_path: Path
     known = run_behind(["bundled:tiny-sd", f"bundled:tiny-sd+negative:{tmp_path}"])
     assert known is not None
     assert known.rewards == load_config("tiny/npo").rewards
+    step = tmp_path / "checkpoints" / "step-3"
+    assert run_behind([str(tmp_path / "other"), str(step)]) == known
     no_run = [f"bundled:tiny-sd+negative:{tmp_path / 'gone'}"]
     assert run_behind(no_run) == load_config(BUNDLED_WORLD["bundled:tiny-sd"])
 

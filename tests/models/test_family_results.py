@@ -11,7 +11,7 @@ from families import load, perturb, relative_error, sampled, tiny_flux, tiny_sd3
 from newer_families import tiny_pixart, tiny_sana, tiny_z_image
 
 from diffalign.config import SamplerConfig
-from diffalign.models.loading import load_for_inference
+from diffalign.models.loading import family_at, load_for_inference
 
 DIFFUSION = SamplerConfig(steps=3, eta=0.0, guidance_scale=3.0)
 FLOW = SamplerConfig(kind="euler", steps=3, guidance_scale=3.0)
@@ -39,6 +39,7 @@ def test_a_run_folder_is_sampled_with_what_it_learned(
     (tmp_path / "run" / "config.yaml").write_text(
         f"algorithm: {{name: sft}}\nmodel: {{path: {tmp_path / 'base'}, resolution: 16}}\ndata: {{path: unused}}\n"
     )
+    assert family_at(str(tmp_path / "run")) is family_at(str(tmp_path / "base")) is type(denoiser)
     loaded = load_for_inference(str(tmp_path / "run"), device="cpu")
     trained = sampled(denoiser, sampler)
     assert relative_error(trained, base) > 1e-2

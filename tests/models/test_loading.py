@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from diffalign.config import ModelConfig
 from diffalign.errors import CheckpointError, DeviceError
-from diffalign.models.loading import load_denoiser, pick_device
+from diffalign.models.loading import family_at, load_denoiser, pick_device
+from diffalign.models.stable_diffusion import StableDiffusion
+from diffalign.models.stable_diffusion_3 import StableDiffusion3
 
 
 def refusal(path: object, **options: object) -> str:
@@ -107,3 +109,15 @@ def test_cuda_asked_for_and_absent():
 def test_fp16_on_the_cpu_is_refused(tiny_pipeline_dir):
     with pytest.raises(DeviceError, match="fp16 needs a GPU"):
         load_denoiser(ModelConfig(path=str(tiny_pipeline_dir)), mixed_precision="fp16")
+
+
+def test_the_family_is_told_by_the_index_or_by_the_names_of_the_weights(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert family_at(str(copied)) is StableDiffusion
+    for weight, family in (("input_blocks.0", StableDiffusion), ("joint_blocks.0", StableDiffusion3)):
+        save_file({f"model.diffusion_model.{weight}": torch.zeros(1)}, tmp_path / "one.safetensors")
+        assert family_at(str(tmp_path / "one.safetensors")) is family
+    (copied / "model_index.json").write_text("[")
+    (tmp_path / "bad.safetensors").write_bytes(b"bad")
+    for path in (copied, tmp_path, tmp_path / "bad.safetensors", tmp_path / "nowhere", "nobody/nothing"):
+        assert family_at(str(path)) is None

@@ -199,7 +199,7 @@ def _compared(args: Args, prompts: str, rewards: Sequence[RewardConfig]) -> Scor
 
     options = args.sampling
     drawing = Drawing(
-        options.sampler(run_behind([args.before, args.after])),
+        options.sampler(run_behind([args.before, args.after]), args.before),
         options.batch_size,
         options.mixed_precision,
         picture_size(options.resolution),
