@@ -23,7 +23,7 @@ GOLD = "shapes_accuracy"
 NEGATIVES = ("npo",)
 """Run files whose result is to be guided away from."""
 COLUMNS = (
-    "method", "run file", "exact pictures in-domain", "out of domain", "what it optimises, in-domain", "time",
+    "run file", "exact pictures in-domain", "out of domain", "what it optimises, in-domain", "time",
     "pictures sampled", "pictures trained on", "reward queries", "labels", "captions",
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def row(name: str, folder: Path, trained: str) -> str:
         )
     ]
     cells = [
-        summary["algorithm"], f"`tiny/{name}`", points(inside[GOLD]), points(outside[GOLD]), own,
+        f"`tiny/{name}`", points(inside[GOLD]), points(outside[GOLD]), own,
         f"{minutes} min {seconds} s", *counts,
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"

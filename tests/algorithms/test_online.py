@@ -135,11 +135,10 @@ def test_a_replay_that_differs_from_the_rollout_stops_the_run(make_denoiser, rew
     assert "warning: before any update" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("objective", ["ppo_clip", "reinforce"])
-def test_learning_raises_the_reward(make_denoiser, reward, objective):
+def test_learning_raises_the_reward(make_denoiser, reward):
     denoiser = make_denoiser(full=True)
     algorithm = make(
-        denoiser, reward, objective=objective, clip_range=0.05, prompts_per_iteration=8, group_size=4,
+        denoiser, reward, clip_range=0.05, prompts_per_iteration=8, group_size=4,
         updates_per_epoch=1, train_batch_size=64,
     )  # fmt: skip
     optimizer = torch.optim.Adam(denoiser.trainable_parameters().values(), lr=3e-3)
