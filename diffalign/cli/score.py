@@ -56,6 +56,8 @@ class Args:
     """Write a row a picture here: .parquet or .jsonl. An interrupted run goes on from OUTPUT.partial.jsonl."""
     pairs: Annotated[str | None, optional("FILE")] = None
     """Instead of pictures: preference pairs, as Diffusion-DPO reads them; shows how often each reward agrees."""
+    label_column: Annotated[str | None, optional("NAME")] = None
+    """Column of the labels of --pairs. Default: label_0."""
     sheet: Annotated[Path | None, optional("FILE.html")] = None
     """Write the best and worst pictures of each reward as one HTML file."""
     sheet_pictures: int = 24
@@ -76,13 +78,17 @@ def run(args: Args) -> None:
     _check(args)
 
     from diffalign.config import RewardConfig
+    from diffalign.config.data import LABEL_COLUMN
     from diffalign.scoring.journal import Journal, journal_header, journal_path
     from diffalign.scoring.sources import PairPictures, open_pictures, prompts_for
 
     names = reward_names(args.rewards)
     options = reward_options(args.options, names)
     specs = [RewardConfig(name=name, options=options[name]) for name in names]
-    pictures = open_pictures(args.pictures) if args.pairs is None else PairPictures(args.pairs)
+    if args.pairs is None:
+        pictures = open_pictures(args.pictures)
+    else:
+        pictures = PairPictures(args.pairs, args.label_column or LABEL_COLUMN)
     journal = None
     if args.output is not None:
         journal = Journal(journal_path(args.output), journal_header(pictures, specs))
@@ -109,6 +115,8 @@ def _check(args: Args) -> None:
         )
     if args.pairs is not None and args.prompts is not None:
         raise ConfigError("--prompts does not go with --pairs", why="pairs have prompts of their own")
+    if args.label_column is not None and args.pairs is None:
+        raise ConfigError("--label-column belongs to --pairs, which is missing")
     if args.sheet_pictures < 1:
         raise ConfigError(f"--sheet-pictures must be at least 1; got {args.sheet_pictures}")
     named = (*args.pictures, args.pairs, args.prompts)

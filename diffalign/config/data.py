@@ -17,6 +17,10 @@ def bucket_conflicts(buckets: BucketsOption | None, resolution: Resolution | Non
     return []
 
 
+LABEL_COLUMN = "label_0"
+"""Of preference pairs, as Pick-a-Pic names it."""
+
+
 class PicturesConfig(Options):
     path: Annotated[str, Field(min_length=1)]
     """A folder (metadata.jsonl, or a .txt beside each picture) or a parquet file."""
@@ -37,7 +41,7 @@ class ImagesConfig(PicturesConfig):
 class PairsConfig(Options):
     path: Annotated[str, Field(min_length=1)]
     """Parquet with Pick-a-Pic columns (caption, jpg_0, jpg_1, label_0); jsonl (prompt, chosen, rejected)."""
-    label_column: Annotated[str, Field(min_length=1)] = "label_0"
+    label_column: Annotated[str, Field(min_length=1)] = LABEL_COLUMN
     """Column of the probability that picture 0 is preferred, where one set of pictures has labels of several judges.
     The columns has_label and margin belong to label_0, and are left aside with another."""
     validation_path: str | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from diffalign.config.base import Options
-from diffalign.config.data import bucket_conflicts
+from diffalign.config.data import LABEL_COLUMN, bucket_conflicts
 from diffalign.config.run import AlgorithmConfig, Run
 from diffalign.config.sizes import BucketsOption
 
@@ -19,6 +19,8 @@ class LabelledConfig(Options):
     """`path` is a file of preference pairs, as dpo takes it: each gives one liked and one disliked picture."""
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """from_pairs: share of pairs left out by a hash of their prompt, those that dpo holds out of the same file."""
+    label_column: Annotated[str, Field(min_length=1)] = LABEL_COLUMN
+    """from_pairs: the column of labels, as dpo takes it."""
     cache_latents: bool = True
     """Encode every picture once at the start (kept in memory, float32) instead of at each use."""
     buckets: BucketsOption | None = None
@@ -46,7 +48,10 @@ class KTORun(Run):
     data: LabelledConfig
 
     def _conflicts(self) -> list[str]:
-        return super()._conflicts() + bucket_conflicts(self.data.buckets, self.model.resolution)
+        problems = bucket_conflicts(self.data.buckets, self.model.resolution)
+        if self.data.label_column != LABEL_COLUMN and not self.data.from_pairs:
+            problems.append("data.label_column is of pairs; set data.from_pairs: true, or leave it out")
+        return super()._conflicts() + problems
 
     def samples_per_iteration(self, processes: int) -> int:
         return self.algorithm.batch_size * self.algorithm.gradient_accumulation * processes

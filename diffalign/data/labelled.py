@@ -94,7 +94,11 @@ class LabelledImages:
 
 
 def _from_pairs(config: LabelledConfig) -> _Labelled:
-    wanted = PairsConfig(path=config.path, validation_fraction=config.validation_fraction)
+    wanted = PairsConfig(
+        path=config.path,
+        validation_fraction=config.validation_fraction,
+        label_column=config.label_column,
+    )
     pairs = PreferencePairs(wanted, "drop").train
     captions = [pairs.prompt(i // 2) for i in range(2 * len(pairs))]
 

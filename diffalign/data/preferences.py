@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffalign.assets import resolve
 from diffalign.config import PairsConfig
+from diffalign.config.data import LABEL_COLUMN
 from diffalign.config.sizes import Resolution, Size
 from diffalign.data.buckets import Buckets
 from diffalign.data.inside import inside
@@ -23,8 +24,7 @@ from diffalign.images import open_image, picture_size, resize_crop, to_tensor
 
 PROMPT_COLUMNS = ("caption", "prompt", "text")
 PICTURES = ("jpg_0", "jpg_1")
-LABEL = "label_0"
-LABELLED = (*PICTURES, LABEL)
+LABELLED = (*PICTURES, LABEL_COLUMN)
 BINARIZED = ("chosen", "rejected")
 MARGIN = "margin"
 PROMPT_LISTS = (".txt", ".csv", ".tsv", ".json")
@@ -173,7 +173,7 @@ class _Pairs:
                 raise DataError("prompt is not text", where=table.where(row), why=f"got {prompt!r}")
         if {*PICTURES, label} <= set(table.columns):
             pictures, probabilities = PICTURES, _labels(table, label)
-        elif label == LABEL and set(BINARIZED) <= set(table.columns):
+        elif label == LABEL_COLUMN and set(BINARIZED) <= set(table.columns):
             pictures, probabilities = BINARIZED, [1.0] * len(table)
         else:
             raise DataError(
@@ -181,12 +181,12 @@ class _Pairs:
                 where=path,
                 why=f"found: {', '.join(table.columns)}",
                 hint=f"pairs need the columns {', '.join((*PICTURES, label))}"
-                + (f", or {', '.join(BINARIZED)}" if label == LABEL else " (data.label_column)")
+                + (f", or {', '.join(BINARIZED)}" if label == LABEL_COLUMN else " (data.label_column)")
                 + _other_use(table.columns),
             )
         if isinstance(table, JsonTable):
             _require_files(table, pictures)
-        margins = _margins(table) if label == LABEL else None
+        margins = _margins(table) if label == LABEL_COLUMN else None
         pairs = cls(table, prompts, probabilities, pictures, margins)
         if not pairs.decided(range(len(prompts))):
             raise DataError(
@@ -246,7 +246,7 @@ def _margins(table: Table) -> list[float] | None:
 
 def _labels(table: Table, column: str) -> list[float]:
     labels = table.column(column)
-    has_gaps = column == LABEL and "has_label" in table.columns
+    has_gaps = column == LABEL_COLUMN and "has_label" in table.columns
     labelled = table.column("has_label") if has_gaps else [True] * len(labels)
     probabilities: list[float] = []
     for row, (label, counts) in enumerate(zip(labels, labelled, strict=True)):

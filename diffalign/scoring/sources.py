@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from diffalign.assets import resolve
 from diffalign.config import ImagesConfig, PairsConfig
+from diffalign.config.data import LABEL_COLUMN
 from diffalign.data.images import METADATA, SUFFIXES, CaptionedImages, find_pictures
 from diffalign.data.preferences import PairSet, PreferencePairs
 from diffalign.data.prompts import load_prompts
@@ -174,10 +175,12 @@ class PairPictures:
 
     Args:
         path: what `diffalign.data.preferences.PreferencePairs` reads; nothing is held out, ties are kept.
+        label_column: whose labels.
     """
 
-    def __init__(self, path: str) -> None:
-        self.pairs: PairSet = PreferencePairs(PairsConfig(path=path, validation_fraction=0.0), "soft").train
+    def __init__(self, path: str, label_column: str = LABEL_COLUMN) -> None:
+        config = PairsConfig(path=path, validation_fraction=0.0, label_column=label_column)
+        self.pairs: PairSet = PreferencePairs(config, "soft").train
         table = resolve(path).absolute()
         self.where = storable(str(table))
         places = [self.pairs.place(index // 2, index % 2) for index in range(2 * len(self.pairs))]

@@ -84,6 +84,19 @@ def test_accuracy_ties_and_interval(place: Path, capsys: pytest.CaptureFixture[s
     assert "skipped 1 of 14 pictures" in shown.err
 
 
+def test_the_labels_of_another_judge(place: Path, capsys: pytest.CaptureFixture[str]):
+    write_pairs(place / "pairs.parquet", [("a", png(2), png(1), 1.0), ("b", png(1), png(2), 0.0)])
+    pairs = pq.read_table("pairs.parquet")
+    pq.write_table(pairs.append_column("label_model", pa.array([0.0, 0.0])), "pairs.parquet")
+    words = ["score", "--rewards", "mine.py:shade", "--output", "out.jsonl"]
+    for column, accuracy in (("label_0", 1.0), ("label_model", 0.5)):
+        assert main([*words, "--pairs", "pairs.parquet", "--label-column", column]) == 0
+        (found,) = json.loads(Path("out.jsonl.agreement.json").read_text())["rewards"]
+        assert found["accuracy"] == accuracy
+    assert main([*words, "pictures", "--label-column", "label_model"]) == 2
+    assert "--label-column belongs to --pairs" in capsys.readouterr().err
+
+
 def test_temperature_and_calibration(place: Path):
     right, wrong = (png(11), png(1), 1.0), (png(1), png(11), 1.0)
     prompts = {"a": [right, right, right, wrong], "b": [right, right, right, wrong]}

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffalign.config import LabelledConfig, PairsConfig
+from diffalign.config import KTOConfig, KTORun, LabelledConfig, PairsConfig
 from diffalign.data.labelled import LabelledImages
 from diffalign.data.preferences import PreferencePairs
 from diffalign.errors import DataError
@@ -108,6 +108,22 @@ def test_from_pairs_gives_each_decided_pair_that_dpo_trains_on_as_two_pictures(t
         assert (images.labels[liked], images.labels[disliked]) == (True, False)
         expected = [round(picture.mean().item() * 255) for picture in pairs.load(i, 4)]
         assert [level(images, liked), level(images, disliked)] == expected
+
+
+def test_from_pairs_takes_the_labels_of_another_judge(tmp_path: Path):
+    path = table(
+        tmp_path / "a.parquet",
+        caption=["a"],
+        jpg_0=[png(0)],
+        jpg_1=[png(1)],
+        label_0=[1.0],
+        label_model=[0.0],
+    )
+    for column, expected in (("label_0", [0, 1]), ("label_model", [1, 0])):
+        images = read(path, from_pairs=True, validation_fraction=0.0, label_column=column)
+        assert [level(images, index) for index in range(2)] == expected
+    with pytest.raises(ValueError, match=r"data.label_column is of pairs"):
+        KTORun(data=LabelledConfig(path=path, label_column="label_model"), algorithm=KTOConfig())
 
 
 @pytest.mark.parametrize("label", [None, 0.7, "yes", 2])

@@ -108,6 +108,8 @@ def test_the_command_takes_held_out_pairs_and_writes_its_numbers(
     assert written["accuracy"]["mean"] == 0.5
     assert written["accuracy"]["n"] == 2 * held_out
     assert set(written["by_timestep"]) == {"250", "750"}
+    assert run_module(NAME, [*words, "--label-column", "label_model"]) == 3
+    assert "pairs need the columns jpg_0, jpg_1, label_model" in capsys.readouterr().err
     assert run_module(NAME, [*words, "--held-out", "2", "--limit", "0"]) == 2
     assert capsys.readouterr().err == (
         "error: --limit must be at least 1; got 0\nerror: --held-out must lie between 0 and 1; got 2\n"

@@ -42,6 +42,8 @@ class Args:
     """The checkpoint that training started from."""
     held_out: Annotated[float | None, optional("FLOAT")] = None
     """Only the pairs that a run with this data.validation_fraction held out of the same file. Default: all pairs."""
+    label_column: Annotated[str | None, optional("NAME")] = None
+    """Column of the labels, as the run's data.label_column. Default: label_0."""
     timesteps: int = 10
     """Timesteps of every pair, at the middles of as many equal parts of the schedule."""
     seed: int = 0
@@ -264,10 +266,16 @@ def _check(args: Args) -> None:
 
 def _pairs(args: Args) -> PairSet:
     from diffalign.config import PairsConfig
+    from diffalign.config.data import LABEL_COLUMN
     from diffalign.data.preferences import PreferencePairs
     from diffalign.errors import DataError
 
-    pairs = PreferencePairs(PairsConfig(path=args.pairs, validation_fraction=args.held_out or 0.0), "drop")
+    config = PairsConfig(
+        path=args.pairs,
+        validation_fraction=args.held_out or 0.0,
+        label_column=args.label_column or LABEL_COLUMN,
+    )
+    pairs = PreferencePairs(config, "drop")
     chosen = pairs.train if args.held_out is None else pairs.validation
     if not len(chosen):
         raise DataError("no pairs are held out", where=args.pairs, hint="raise --held-out, or leave it away")
