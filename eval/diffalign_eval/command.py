@@ -157,7 +157,7 @@ def print_comparison(comparison: Comparison, document: Document) -> None:
     for name, compared in comparison.sets.items():
         title = (
             f"{name}: {len(compared.pictures)} pictures of {len(set(compared.clusters))} prompts "
-            f"from each checkpoint\n{sampler.kind}, {sampler.steps} steps, eta {sampler.eta:g}, "
+            f"from each checkpoint\n{sampler.kind}, {sampler.steps} steps, noise {sampler.noise:g}, "
             f"guidance {sampler.guidance_scale:g}"
         )
         console.print(comparison_table(compared.results, title))
