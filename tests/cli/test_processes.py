@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffalign.cli import main
+
 
 @pytest.fixture
 def run_file(tmp_path: Path, tiny_pipeline_dir: Path) -> Path:
@@ -88,7 +90,9 @@ def test_an_error_in_all_processes_is_one_screen_with_its_exit_code(run_file, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_share_a_comparison_and_score_what_one_does(run_file, tiny_pipeline_dir, tmp_path):
+def test_two_processes_share_a_comparison_and_score_what_one_does(
+    run_file, tiny_pipeline_dir, tmp_path, capfd
+):
     words = [
         "compare",
         f"one={tiny_pipeline_dir}",
@@ -103,14 +107,11 @@ def test_two_processes_share_a_comparison_and_score_what_one_does(run_file, tiny
     found = []
     for count in (1, 2):
         out = tmp_path / f"compare-{count}"
-        command = [sys.executable, "-m", "diffalign", *words, "--output-dir", str(out)]
-        ended = subprocess.run(
-            [*command, "--processes", str(count)], capture_output=True, text=True, timeout=250
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert (
-            ended.stdout.count("prompts: 4 pictures of 4 prompts") == 1
-        )  # the first process speaks for both
+        assert main([*words, "--output-dir", str(out), "--processes", str(count)]) == 0
+        said = capfd.readouterr()
+        assert said.out.count("prompts: 4 pictures of 4 prompts") == 1, (
+            said.err
+        )  # one process speaks for both
         found.append([json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()])
     assert len(list((tmp_path / "compare-2" / "scores").iterdir())) == 2  # each wrote its own share
     label = f"{tmp_path / 'mine.py'}:bright"
