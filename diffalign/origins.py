@@ -105,8 +105,7 @@ def read_origins(run: Path) -> Origins | None:
 
 def find_base(config: ModelConfig, pipeline: str) -> BaseModel:
     """The checkpoint of a run's model section, which is there (it has just been loaded)."""
-    path = resolve(config.path)
-    path = result_in(path)
+    path = result_in(resolve(config.path))
     commit = None
     if not path.exists():
         path = _snapshot(config)

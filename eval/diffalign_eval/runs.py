@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from diffalign.assets import resolve
 from diffalign.cli.alignment_args import split_negative
 from diffalign.errors import ConfigError
+from diffalign.layout import run_of_step
 from diffalign_eval.judgement.run_files import RunInfo, find_base_run, find_run, read_run
 
 _STEP = "step-"
@@ -15,9 +16,7 @@ _STEP = "step-"
 def run_info(path: str) -> RunInfo | None:
     """The run that a run folder, its final/ or one of its checkpoints belongs to; None for any other path."""
     folder = resolve(split_negative(path)[0])
-    if folder.name.startswith(_STEP) and folder.parent.name == "checkpoints":
-        folder = folder.parent.parent
-    run = find_run(str(folder))
+    run = find_run(str(run_of_step(folder) or folder))
     return None if run is None else read_run(run)
 
 
