@@ -50,7 +50,7 @@ class KTORun(Run):
     def _conflicts(self) -> list[str]:
         problems = bucket_conflicts(self.data.buckets, self.model.resolution)
         if self.data.label_column != LABEL_COLUMN and not self.data.from_pairs:
-            problems.append("data.label_column is of pairs; set data.from_pairs: true, or leave it out")
+            problems.append("data.label_column: belongs to pairs; set data.from_pairs: true, or leave it out")
         return super()._conflicts() + problems
 
     def samples_per_iteration(self, processes: int) -> int:

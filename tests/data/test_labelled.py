@@ -122,7 +122,7 @@ def test_from_pairs_takes_the_labels_of_another_judge(tmp_path: Path):
     for column, expected in (("label_0", [0, 1]), ("label_model", [1, 0])):
         images = read(path, from_pairs=True, validation_fraction=0.0, label_column=column)
         assert [level(images, index) for index in range(2)] == expected
-    with pytest.raises(ValueError, match=r"data.label_column is of pairs"):
+    with pytest.raises(ValueError, match=r"data\.label_column: belongs to pairs"):
         KTORun(data=LabelledConfig(path=path, label_column="label_model"), algorithm=KTOConfig())
 
 
